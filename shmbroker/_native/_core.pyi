@@ -1,0 +1,261 @@
+"""Types of the native core. Units: positions and sizes in bytes, offsets in messages, deadlines in ns of CLOCK_MONOTONIC."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+RECORD_HEADER_BYTES: Final[int]
+RECORD_ALIGN_BYTES: Final[int]
+GROUP_RECORDS_MAX: Final[int]
+LAYOUT_VERSION: Final[int]
+RECORD_VERSION: Final[int]
+FINGERPRINT: Final[int]
+CRC_IMPLEMENTATION: Final[str]  # "sse4.2", "armv8" or "portable"
+
+# ---- no memory needed -------------------------------------------------------------------------------------------
+
+def crc32c(data: Any, start: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a bytes-like object, continued from ``start``."""
+
+def crc32c_portable(data: Any, start: int = 0) -> int: ...
+def monotonic_ns() -> int: ...
+def start_ticks(pid: int) -> int:
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 if there is none."""
+
+def set_process_name(name: str) -> None:
+    """prctl(PR_SET_NAME): what ``ps -o comm`` and ``top`` show, at most 15 bytes."""
+
+def scan(
+    data: Any, position: int, epoch: int, segment_bytes: int, max_records: int = 65536, check_crc: bool = True
+) -> tuple[list[Record], int, str]:
+    """Valid records at the start of ``data``, whose first byte lies at ``position``.
+
+    Returns (records, position behind the last whole record, why it stopped). Why: "end" (data used up exactly, or
+    the next record is not whole in data), "limit" (max_records reached), "invalid" (the bytes at the returned position
+    are no record of epoch ``epoch`` or, introduced by an EPOCH record on the way, later). Steps over short segment ends.
+    """
+
+def skim(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[int, int, int, str]:
+    """As ``scan``, but only checks: (position behind, number of records, last epoch, why)."""
+
+def find_record(data: Any, position: int, segment_bytes: int, min_epoch: int, max_epoch: int) -> tuple[int, int, int] | None:
+    """First valid record at an aligned place in ``data``: (position, size, flushed as its writer knew it), or None."""
+
+def dispatch_scan(
+    data: Any, position: int, epoch: int, segment_bytes: int, max_records: int = 65536
+) -> tuple[list[tuple[int, int, int, bytes]], list[int], int, int, str]:
+    """Consume queue entries of a run of records, sorted by queue.
+
+    Returns (runs, marked, position behind, last epoch, why). A run is (topic_id, queue_id, first queue offset,
+    entries): entries are 16 bytes each, ``<QII``: position, size, tag hash; consecutive offsets. ``marked`` lists the
+    positions of records that the indexer or the recovery must look at itself (keys, dedup ids, system records).
+    """
+
+class Record:
+    """One record, decoded from a copy of its bytes."""
+    position: int
+    size: int            # header and payload, without padding
+    padded: int          # bytes to the next record
+    crc: int
+    epoch: int
+    flushed: int         # what the writer knew to be on the disk
+    kind: int
+    flags: int
+    queue_offset: int
+    queue_id: int
+    topic_id: int
+    incarnation: int
+    sequence: int
+    born_ns: int
+    group_bytes: int
+    tag_hash: int
+    attempts: int
+    tags: str
+    keys: str
+    properties: dict[str, str]
+    body: bytes
+    raw: bytes
+    message_id: str
+
+def encode_record(
+    *, position: int, epoch: int, flushed: int, kind: int, body: bytes, queue_offset: int = 0, queue_id: int = 0xFFFF,
+    topic_id: int = 0, incarnation: int = 0, sequence: int = 0, born_ns: int = 0, flags: int = 0, group_bytes: int = 0,
+    tags: str = "", keys: str = "", properties: Mapping[str, str] | None = None, attempts: int = 0,
+) -> bytes:
+    """The padded bytes of one record, as append would write them. For tests, tools and the reference ring."""
+
+def decode_record(data: Any, position: int | None = None) -> Record:
+    """Decode and check one record; ValueError says what is wrong with it."""
+
+# ---- failpoints --------------------------------------------------------------------------------------------------
+
+def failpoint_names() -> list[str]:
+    """Names of the failpoints inside the native core."""
+
+def failpoint_arm(name: str, action: str, at: int) -> None:
+    """Arm a native failpoint: ``kill``, ``stop`` or ``exit`` at the ``at``-th pass (1 = the first)."""
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+class Message:
+    """A message to send. ``body`` is bytes; tags is one tag; keys is one string of keys separated by blanks, or an iterable."""
+    topic: str
+    body: bytes
+    tags: str
+    keys: str
+    properties: dict[str, str]
+    wait_store_ok: bool
+    def __init__(
+        self, topic: str, body: bytes, *, tags: str | None = None, keys: str | Iterable[str] | None = None,
+        properties: Mapping[str, str] | None = None, wait_store_ok: bool = True,
+    ) -> None: ...
+
+class ReceivedMessage:
+    """A delivered message: a lazy view of a private copy of its record."""
+    topic: str
+    group: str
+    queue_id: int
+    queue_offset: int
+    position: int
+    message_id: str
+    tags: str
+    keys: str
+    properties: dict[str, str]
+    body: bytes
+    delivery_attempt: int   # 1 for the first delivery
+    born_timestamp: float   # seconds since 1970
+    store_size: int
+
+class SendResult:
+    status: Any             # shmbroker.SendStatus
+    message_id: str
+    topic: str
+    queue_id: int
+    queue_offset: int
+    position: int           # of the record
+    end_position: int       # durable when flushed has reached it
+    duplicate: bool         # an earlier send with this id or dedup key was found: this is its result
+    def confirm(self, timeout: float = 5.0) -> Any:
+        """Wait again for the durability that was asked for; returns the SendStatus then true. Sends nothing."""
+
+class BatchResult(Sequence[SendResult]):
+    """Lazy: the SendResult of message i is made when asked for."""
+    status: Any
+    end_position: int
+    def confirm(self, timeout: float = 5.0) -> Any: ...
+
+# ---- shared memory -----------------------------------------------------------------------------------------------
+
+class Region:
+    """The two mapped shared-memory objects of a broker."""
+
+    @staticmethod
+    def sizes(limits: Mapping[str, int], ring_bytes: int) -> tuple[int, int]:
+        """(control bytes, ring bytes) that these limits need."""
+
+    @staticmethod
+    def create(
+        control_fd: int, ring_fd: int, limits: Mapping[str, int], ring_bytes: int, segment_bytes: int, *, tail: int,
+        epoch: int, instance: bytes, boot_id: bytes, directory: tuple[int, int], namespaces: tuple[int, int], ring_name: str,
+    ) -> Region:
+        """Format two objects already allocated to their sizes; flushed = dispatched = tail = ``tail``; state STARTING."""
+
+    @staticmethod
+    def attach(control_fd: int, ring_fd: int) -> Region:
+        """Map existing objects. LayoutMismatch if the frozen header's magic, version or fingerprint differs."""
+
+    @staticmethod
+    def read_header(control_fd: int) -> dict[str, Any]:
+        """The frozen header of any version: magic, layout_version, fingerprint, ring_bytes, tail, flushed, ..."""
+
+    def close(self) -> None: ...
+    closed: bool
+    ring_bytes: int
+    segment_bytes: int
+    max_message_bytes: int
+    header: dict[str, Any]
+    limits: dict[str, int]
+
+    def get(self, word: str) -> int:
+        """Acquire load of a word of sb_watermarks by name: tail, write_limit, flushed, dispatched, ..., state, epoch, ..."""
+    def set(self, word: str, value: int) -> None:
+        """Release store. The caller is the word's one writer."""
+    def raise_to(self, word: str, value: int) -> int:
+        """Grow-only store; returns the value now."""
+
+    def ring_view(self) -> memoryview:
+        """Read-only view of the ring mapped twice (2 * ring_bytes): index with position & (ring_bytes - 1)."""
+    def read_raw(self, position: int) -> bytes | None:
+        """A checked private copy of the record at ``position``, or None when the ring no longer (or not yet) has it."""
+
+    # workers
+    def worker_register(self, role: str) -> None: ...
+    def worker_sleep(self, role: str, mode: int, seen_position: int, timeout_ns: int) -> bool:
+        """mode 1: woken by any append past ``seen_position``; mode 2: only by urgent work. True if posted or tail moved."""
+    def worker_wake(self, role: str) -> None: ...
+    def worker_beat(self, role: str) -> None: ...
+    def workers(self) -> list[dict[str, Any]]: ...
+    def publish_flushed(self, position: int) -> int:
+        """flushed := position, then post every waiter it satisfies, writers waiting for space, and consumers if visibility
+        follows the flush. Returns the number of posts."""
+    def publish_store_state(self, state: int, error: int) -> None:
+        """Set the store's state and wake everybody who waits, so that they look."""
+
+    # appends that do not come from a Producer
+    def append_system(
+        self, kind: int, bodies: Sequence[bytes], *, queue_id: int = 0xFFFF, topic_id: int = 0, timeout_ns: int = 0
+    ) -> tuple[int, int]:
+        """Append records of one kind as one atomic group, with the system's reserve. (position, end position)."""
+
+    # definitions; each appends its record in the same atomic append that makes it live
+    def define_topic(self, name: str, queues: int, permission: int, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
+                     record: bool = True) -> int:
+        """Create a topic, or alter an existing one (more queues, permission). Returns its id. ``record=False`` restores
+        what the log already says (recovery)."""
+    def delete_topic(self, name: str, record: bool = True) -> None: ...
+    def define_group(self, name: str, group_id: int = 0, record: bool = True) -> int: ...
+    def delete_group(self, name: str, record: bool = True) -> None: ...
+    def topics(self) -> list[dict[str, Any]]:
+        """Each: name, topic_id, permission, queues: [{queue_id, slot, next_offset, first_offset, index_first, bytes}]."""
+    def groups(self) -> list[dict[str, Any]]: ...
+    def restore_queue(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
+        """Recovery only: a queue's next offset and the first the log still has; both only grow."""
+    def set_first_offset(self, topic_id: int, queue_id: int, first_offset: int) -> None: ...
+
+    # group progress
+    def progress(self) -> list[dict[str, Any]]:
+        """Each claim table: group, group_id, topic, topic_id, queue_id, base, next, next_offset, acked: [(first, count)],
+        attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation."""
+    def progress_records(self, only_changed: bool) -> list[bytes]:
+        """Bodies of PROGRESS records (delivery/progress.py draws them)."""
+    def restore_progress(self, body: bytes) -> None:
+        """Recovery only: merge one PROGRESS body into the claim tables (max base, OR of acks, max of attempts)."""
+    def remember_id(self, incarnation: int, sequence: int, position: int) -> None:
+        """Recovery only: put an id into the hash window."""
+
+    # janitor
+    def clients(self) -> list[dict[str, Any]]:
+        """Each live slot: slot, generation, pid, start_ticks, name, sends, receives, acks, attached_ns."""
+    def reap(self, slot: int, generation: int) -> int:
+        """Take back all that a dead client held: claims, waiters, locks; free the slot. Returns claims released."""
+    def janitor_pass(self, now_ns: int) -> tuple[int, int]:
+        """Expire claims, re-post lost wake-ups, repair locks by try-lock. (claims expired, ns until the next deadline)."""
+    def lock_holder(self) -> int:
+        """Thread id that holds the append lock, or 0."""
+    def waiters(self) -> list[dict[str, Any]]: ...
+
+class Client:
+    """This process attached to a region: one slot. Not usable after a fork."""
+    def __init__(self, region: Region, name: str) -> None: ...
+    region: Region
+    slot: int
+    generation: int
+    incarnation: int
+    def close(self) -> None: ...
+    def wait_flushed(self, position: int, timeout_ns: int) -> bool: ...
+
+class ProducerCore:
+    """Fast path of Producer. Calls back into Python for whatever is not the common case."""
+    def __init__(self, client: Client, group: str, resolve_topic: Callable[[str], Any]) -> None: ...
+
+class ConsumerCore:
+    """Fast path of SimpleConsumer."""

@@ -1,0 +1,11 @@
+# cython: language_level=3, freethreading_compatible=False
+"""Binding of the native core: convert, drop the GIL where it may wait, call, map codes to errors. No policy.
+
+One extension module, one file per object: see the includes.
+"""
+
+include "record.pxi"
+include "region.pxi"
+include "message.pxi"
+include "producer.pxi"
+include "consumer.pxi"

@@ -1,0 +1,2 @@
+/* claim.c */
+typedef int sb_claim_placeholder;

@@ -1,0 +1,1 @@
+# consumer.pxi: included by _core.pyx

@@ -1,0 +1,2 @@
+/* failpoint.c */
+typedef int sb_failpoint_placeholder;

@@ -1,0 +1,2 @@
+/* ipc.c */
+typedef int sb_ipc_placeholder;

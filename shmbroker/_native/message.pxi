@@ -1,0 +1,1 @@
+# message.pxi: included by _core.pyx

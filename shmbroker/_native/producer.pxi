@@ -1,0 +1,1 @@
+# producer.pxi: included by _core.pyx

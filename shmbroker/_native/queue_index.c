@@ -1,0 +1,2 @@
+/* queue_index.c */
+typedef int sb_queue_index_placeholder;

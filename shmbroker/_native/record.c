@@ -1,0 +1,2 @@
+/* record.c */
+typedef int sb_record_placeholder;

@@ -1,0 +1,1 @@
+# record.pxi: included by _core.pyx

@@ -1,0 +1,2 @@
+/* region.c */
+typedef int sb_region_placeholder;

@@ -1,0 +1,1 @@
+# region.pxi: included by _core.pyx

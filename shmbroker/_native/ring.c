@@ -1,0 +1,2 @@
+/* ring.c */
+typedef int sb_ring_placeholder;

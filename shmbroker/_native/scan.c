@@ -1,0 +1,2 @@
+/* scan.c */
+typedef int sb_scan_placeholder;

@@ -1,0 +1,2 @@
+/* wait.c */
+typedef int sb_wait_placeholder;
