@@ -1,0 +1,330 @@
+"""Settings: every key with its default, unit, limits and meaning, and the only reader of files and environment.
+
+Two kinds. *Layout* keys size the shared memory and the segments: they are fixed when the memory (``segment_bytes``: the
+directory) is made and compared when it is attached. *Runtime* keys may differ from one start of the broker to the next.
+
+The first of these that names a key wins: argument, environment ``SHMBROKER_<KEY>``, ``DIRECTORY/broker.toml`` or the
+file given instead, default. A file is flat, like RocketMQ's ``broker.conf``, and RocketMQ's spelling of a key is as
+good as ours; ``config/README.md`` has a row for each. Units stand in the names: ``sync_flush_timeout_ms = 5000`` in a
+file is ``sync_flush_timeout=5.0``, float seconds, as an argument of ``shmbroker.open``.
+
+``load`` reads once, when a broker is opened. The supervisor writes the result into the broker's descriptor, and its
+workers and clients take it from there: all processes of one broker run with one configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+from shmbroker.errors import ConfigError
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+FILE_NAME: Final = "broker.toml"
+ENVIRONMENT_PREFIX: Final = "SHMBROKER_"
+PAGE_BYTES: Final = 4096
+_NUMBER: Final = re.compile(r"(\d+)\s*([A-Za-z]*)", re.ASCII)
+_SIZE_UNITS: Final = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Rule(NamedTuple):
+    """What a value must be, and what it means: the column ``meaning`` of ``config/README.md``."""
+
+    meaning: str
+    low: float
+    high: float
+    choices: tuple[str, ...] = ()
+    power_of_two: bool = False
+    multiple_of: int = 1
+
+
+def _key(default: Any, meaning: str, low: float = 0, high: float = 0, **rest: Any) -> Any:
+    return field(default=default, metadata={"rule": Rule(meaning, low, high, **rest)})
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutConfig:
+    """Sizes of the shared memory and of the segments; fixed at creation."""
+
+    ring_bytes: int = _key(
+        32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 64 * GIB, power_of_two=True
+    )
+    segment_bytes: int = _key(
+        64 * MIB,
+        "bytes of log in one segment file; fixed for the life of a directory",
+        64 * KIB,
+        4 * GIB,
+        multiple_of=PAGE_BYTES,
+    )
+    max_message_bytes: int = _key(
+        4 * MIB, "largest body; four of them must fit into the ring and into a segment", 1, GIB
+    )
+    max_topics: int = _key(256, "topics, retry and dead-letter topics included", 1, 65_535)
+    max_queues: int = _key(1024, "queues of all topics together", 1, 65_535)
+    max_groups: int = _key(128, "consumer groups", 1, 65_535)
+    max_clients: int = _key(256, "processes attached at one time", 1, 4_094)
+    max_waiters: int = _key(256, "threads asleep at one time: in a durable send or an empty receive", 1, 512)
+    claim_tables: int = _key(384, "pairs of a group and a queue that it consumes", 1, 65_535)
+    claim_window: int = _key(
+        1024, "messages of one queue claimed and unacknowledged at one time, per group", 64, 65_536, power_of_two=True
+    )
+    overflow_claims: int = _key(4096, "unacknowledged claims older than their window, all groups together", 1, 1 << 24)
+    id_window: int = _key(
+        16_384, "message ids and dedup keys remembered against a second copy", 64, 1 << 24, power_of_two=True
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for name in ("ring_bytes", "segment_bytes"):
+            if getattr(self, name) < 4 * self.max_message_bytes:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: must be at least 4 x max_message_bytes "
+                    f"({self.max_message_bytes}), that is {4 * self.max_message_bytes}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """Policies and times; may differ from one start to the next."""
+
+    flush_disk_type: str = _key(
+        "ASYNC_FLUSH", "SYNC_FLUSH: SEND_OK means the message is on the disk", choices=("ASYNC_FLUSH", "SYNC_FLUSH")
+    )
+    broker_role: str = _key(
+        "ASYNC_MASTER", "SYNC_MASTER: SEND_OK means that a slave has it too", choices=("ASYNC_MASTER", "SYNC_MASTER")
+    )
+    sync_flush_timeout_ms: int = _key(5000, "a send waits so long for the disk, then FLUSH_DISK_TIMEOUT", 1, 3_600_000)
+    slave_timeout_ms: int = _key(3000, "a send waits so long for a slave, then FLUSH_SLAVE_TIMEOUT", 1, 3_600_000)
+    send_timeout_ms: int = _key(
+        3000, "a send waits so long for the lock and for room in the ring, then BrokerBusy", 1, 3_600_000
+    )
+    retry_times_when_send_failed: int = _key(2, "further tries of a failed send, within send_timeout_ms", 0, 100)
+    auto_create_topics: bool = _key(True, "the first send to a topic creates it")
+    default_topic_queues: int = _key(4, "queues of a topic created without a number", 1, 1024)
+    visible_after: str = _key(
+        "auto",
+        "what consumers may see: appended, flushed or replicated messages; auto follows "
+        "flush_disk_type and broker_role",
+        choices=("auto", "append", "flush", "replicate"),
+    )
+    flush_interval_ms: int = _key(500, "ASYNC_FLUSH: the disk is at most so far behind", 1, 3_600_000)
+    flush_least_bytes: int = _key(16 * KIB, "ASYNC_FLUSH: less than this waits for the interval", 0, 64 * GIB)
+    worker_tick_ms: int = _key(5, "pause of a busy worker between two looks at the ring", 1, 1000)
+    disk_full_watermark: float = _key(0.95, "used share of the file system from which sends are refused", 0.1, 1.0)
+    segments_ahead: int = _key(1, "zero-filled segments kept ready", 1, 64)
+    reserve_segments: int = _key(
+        2, "ready segments that only the broker's own records may use when the disk is full", 1, 64
+    )
+    retention_bytes: int = _key(0, "consumed log kept; 0 keeps all", 0, 2**63 - 1)
+    progress_interval_ms: int = _key(1000, "group progress is written to the log so often", 10, 3_600_000)
+    snapshot_interval_bytes: int = _key(
+        64 * MIB, "log between two snapshots of definitions and progress; at most a segment", 64 * KIB, 4 * GIB
+    )
+    checkpoint_interval_ms: int = _key(
+        2000, "the checkpoint is written so often: what a restart has to scan", 10, 3_600_000
+    )
+    stopped_lock_holder: str = _key(
+        "report",
+        "a stopped process that holds the append lock is named in status, or killed",
+        choices=("report", "kill"),
+    )
+    embed_grace_ms: int = _key(1000, "an embedded broker stops so long after its last client has gone", 0, 3_600_000)
+    log_level: str = _key("INFO", "of run/<role>.log", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+LAYOUT_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(LayoutConfig)}
+RUNTIME_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(RuntimeConfig)}
+RULES: Final[dict[str, Rule]] = LAYOUT_RULES | RUNTIME_RULES
+
+# RocketMQ's spelling -> (ours, factor between its unit and ours).
+ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
+    "flushDiskType": ("flush_disk_type", 1),
+    "brokerRole": ("broker_role", 1),
+    "syncFlushTimeout": ("sync_flush_timeout_ms", 1),
+    "slaveTimeout": ("slave_timeout_ms", 1),
+    "sendMsgTimeout": ("send_timeout_ms", 1),
+    "retryTimesWhenSendFailed": ("retry_times_when_send_failed", 1),
+    "maxMessageSize": ("max_message_bytes", 1),
+    "autoCreateTopicEnable": ("auto_create_topics", 1),
+    "defaultTopicQueueNums": ("default_topic_queues", 1),
+    "flushIntervalCommitLog": ("flush_interval_ms", 1),
+    "flushCommitLogLeastPages": ("flush_least_bytes", PAGE_BYTES),
+    "mappedFileSizeCommitLog": ("segment_bytes", 1),
+    "diskSpaceWarningLevelRatio": ("disk_full_watermark", 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of one broker. ``given`` holds the keys that the caller of ``open`` asked for himself."""
+
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __post_init__(self) -> None:
+        interval = self.runtime.snapshot_interval_bytes
+        if interval > self.layout.segment_bytes:
+            raise ConfigError(
+                f"snapshot_interval_bytes = {interval}: must be at most segment_bytes ({self.layout.segment_bytes}), "
+                "so that every segment can be left behind by a newer snapshot"
+            )
+
+    @property
+    def sync_flush(self) -> bool:
+        """True if SEND_OK has to wait for the disk."""
+        return self.runtime.flush_disk_type == "SYNC_FLUSH"
+
+    @property
+    def visible_after(self) -> str:
+        """``append``, ``flush`` or ``replicate``. ``auto``: consumers see what is as durable as SEND_OK says."""
+        if self.runtime.visible_after != "auto":
+            return self.runtime.visible_after
+        if self.runtime.broker_role == "SYNC_MASTER":
+            return "replicate"
+        return "flush" if self.sync_flush else "append"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every key and its value: what stands in the descriptor of a running broker."""
+        return {key: getattr(self.layout if key in LAYOUT_RULES else self.runtime, key) for key in RULES}
+
+    @staticmethod
+    def of(settings: Mapping[str, Any], given: frozenset[str] = frozenset()) -> Config:
+        """A configuration from our own keys; the others keep their defaults. Raises ConfigError."""
+        if unknown := settings.keys() - RULES.keys():
+            raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}")
+        settings = dict(settings)
+        layout = LayoutConfig(**{k: v for k, v in settings.items() if k in LAYOUT_RULES})
+        runtime = {k: v for k, v in settings.items() if k in RUNTIME_RULES}
+        # The default follows a small segment down; a value that somebody chose is checked instead.
+        default = cast(int, RuntimeConfig.__dataclass_fields__["snapshot_interval_bytes"].default)
+        runtime.setdefault("snapshot_interval_bytes", min(default, layout.segment_bytes))
+        return Config(layout, RuntimeConfig(**runtime), given)
+
+
+def load(
+    directory: str | os.PathLike[str] | None = None,
+    file: str | os.PathLike[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Read the settings of a broker once, in the order this module's head gives.
+
+    ``file`` replaces ``directory/broker.toml`` and must exist. ``arguments`` are keyword settings of ``open``: times
+    without a unit in their name are float seconds. Raises ConfigError, naming key, value and limits.
+    """
+    settings: dict[str, Any] = {}
+    path = Path(file) if file is not None else Path(directory) / FILE_NAME if directory is not None else None
+    if path is not None and (file is not None or path.exists()):
+        for name, value in _read_file(path).items():
+            _put(settings, name, value, f"{path}: ")
+    from_environment: dict[str, Any] = {}
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(ENVIRONMENT_PREFIX) and (key := name.removeprefix(ENVIRONMENT_PREFIX).lower()) in RULES:
+            _put(from_environment, key, value, f"{name}: ")
+    from_arguments: dict[str, Any] = {}
+    for name, value in (arguments or {}).items():
+        if f"{name}_ms" in RULES:
+            _put(from_arguments, f"{name}_ms", _milliseconds(name, value), "")
+        else:
+            _put(from_arguments, name, value, "")
+    return Config.of(settings | from_environment | from_arguments, frozenset(from_arguments))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import tomllib  # only when there is a file: it costs 5 ms of every start
+
+    try:
+        with path.open("rb") as stream:
+            return tomllib.load(stream)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Store ``value`` under our own key, converted to the type of its default."""
+    key, factor = ROCKETMQ_KEYS.get(name, (name, 1))
+    if key not in RULES:
+        hint = f"; did you mean {name}_ms, in milliseconds?" if f"{name}_ms" in RULES else ""
+        raise ConfigError(f"{where}unknown setting {name!r}{hint}")
+    if key in settings:
+        raise ConfigError(f"{where}{name!r} and another spelling of {key!r} are both set")
+    try:
+        settings[key] = _convert(key, value) * factor if factor != 1 else _convert(key, value)
+    except ValueError:
+        raise ConfigError(f"{where}{name} = {value!r}: {_wanted(key)}") from None
+
+
+def _convert(key: str, value: Any) -> Any:
+    """Values as people write them: text from the environment, sizes like "32 MiB", an int where a float is meant."""
+    kind = _type_of(key)
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower(), value)
+    if kind is int and isinstance(value, str):
+        number = _NUMBER.fullmatch(value.strip())
+        unit = number[2].upper() if number else ""
+        if number is None or unit not in _SIZE_UNITS or (unit and not key.endswith("_bytes")):
+            return value
+        return int(number[1]) * _SIZE_UNITS[unit]
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _milliseconds(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31 / 1000:
+        raise ConfigError(f"{name} = {value!r}: must be a number of seconds; {_wanted(name + '_ms')}")
+    return round(value * 1000)
+
+
+def _type_of(key: str) -> type:
+    owner = LayoutConfig if key in LAYOUT_RULES else RuntimeConfig
+    return type(owner.__dataclass_fields__[key].default)
+
+
+def limits_text(key: str) -> str:
+    """The limits of a key in words, as errors and ``config/README.md`` give them."""
+    rule = RULES[key]
+    kind = _type_of(key)
+    if rule.choices:
+        return " or ".join(rule.choices)
+    if kind is bool:
+        return "true or false"
+    extra = ", a power of two" if rule.power_of_two else ""
+    extra += f", a multiple of {rule.multiple_of}" if rule.multiple_of > 1 else ""
+    return f"{rule.low:g} to {rule.high:g}{extra}" if kind is float else f"{rule.low} to {rule.high}{extra}"
+
+
+def _wanted(key: str) -> str:
+    noun = {int: "an integer, ", float: "a number, "}.get(_type_of(key), "")
+    return f"must be {noun}{limits_text(key)}"
+
+
+def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if not _acceptable(value, _type_of(item.name), item.metadata["rule"]):
+            raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}")
+
+
+def _acceptable(value: Any, kind: type, rule: Rule) -> bool:
+    if type(value) is not kind:  # exactly: True is no integer here
+        return False
+    if kind is str:
+        return value in rule.choices
+    if kind is bool:
+        return True
+    if not rule.low <= value <= rule.high:
+        return False
+    return kind is float or not (value % rule.multiple_of or (rule.power_of_two and value & (value - 1)))

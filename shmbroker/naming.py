@@ -1,0 +1,108 @@
+"""Names of topics, groups, files and memory objects, and the types of the numbers that go with them.
+
+The rules for topics and groups are RocketMQ's, so that names can move between the two.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+from typing import Final, NewType
+
+from shmbroker.errors import NameIllegal
+
+Position = NewType("Position", int)  # bytes since the log began
+QueueOffset = NewType("QueueOffset", int)  # messages since the queue began
+TopicId = NewType("TopicId", int)  # never reused within a directory
+GroupId = NewType("GroupId", int)
+
+RETRY_PREFIX: Final = "%RETRY%"
+DEAD_LETTER_PREFIX: Final = "%DLQ%"
+TOPIC_LENGTH_MAX: Final = 127
+GROUP_LENGTH_MAX: Final = 120
+PREFIXED_TOPIC_LENGTH_MAX: Final = 255
+RESERVED_GROUPS: Final = frozenset({"DEFAULT_PRODUCER", "DEFAULT_CONSUMER"})
+OBJECT_PREFIX: Final = "shmbroker-"
+
+_ALPHABET: Final = re.compile(r"[%|a-zA-Z0-9_-]+", re.ASCII)
+_SEGMENT: Final = re.compile(r"[0-9]{20}", re.ASCII)
+_OBJECT: Final = re.compile(r"/shmbroker-[0-9a-f]{32}-[cr]", re.ASCII)
+
+
+def _check(kind: str, name: object, length_max: int) -> None:
+    if not isinstance(name, str):
+        raise NameIllegal(f"{kind} {name!r}: must be a str")
+    if not name:
+        raise NameIllegal(f"{kind} name is empty")
+    if len(name) > length_max:
+        raise NameIllegal(f"{kind} {name[:40]!r}...: {len(name)} characters, at most {length_max}")
+    if not _ALPHABET.fullmatch(name):
+        raise NameIllegal(f"{kind} {name!r}: only letters, digits and % | _ - are allowed")
+
+
+def check_topic(name: str) -> str:
+    """Return ``name`` if it may name a topic, retry and dead-letter topics included; else raise NameIllegal."""
+    prefixed = isinstance(name, str) and name.startswith((RETRY_PREFIX, DEAD_LETTER_PREFIX))
+    _check("topic", name, PREFIXED_TOPIC_LENGTH_MAX if prefixed else TOPIC_LENGTH_MAX)
+    return name
+
+
+def check_group(name: str) -> str:
+    """Return ``name`` if it may name a producer or consumer group; else raise NameIllegal."""
+    _check("group", name, GROUP_LENGTH_MAX)
+    if name in RESERVED_GROUPS:
+        raise NameIllegal(f"group {name!r} is reserved, as in RocketMQ: choose a name of your own")
+    return name
+
+
+def retry_topic(group: str) -> str:
+    """The topic that holds the messages a group has to consume again."""
+    return RETRY_PREFIX + group
+
+
+def dead_letter_topic(group: str) -> str:
+    """The topic that holds the messages a group has given up."""
+    return DEAD_LETTER_PREFIX + group
+
+
+def segment_name(start: int) -> str:
+    """File name of the segment whose first byte lies at position ``start``; names sort as positions do."""
+    return f"{start:020d}"
+
+
+def segment_start(name: str) -> Position | None:
+    """Position of the first byte of the segment called ``name``, or None if no segment is called so."""
+    return Position(int(name)) if _SEGMENT.fullmatch(name) else None
+
+
+def object_names() -> tuple[str, str]:
+    """Names for a new control and ring object: random, so that nobody can occupy them beforehand."""
+    token = secrets.token_hex(16)
+    return f"/{OBJECT_PREFIX}{token}-c", f"/{OBJECT_PREFIX}{token}-r"
+
+
+def is_object_name(name: object) -> bool:
+    """True if ``name`` is one that ``object_names`` could have made: nothing else is opened or unlinked."""
+    return isinstance(name, str) and _OBJECT.fullmatch(name) is not None
+
+
+class BrokerPaths:
+    """Where things lie inside a broker's directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self.queues = directory / "queues"
+        self.index = directory / "index"
+        self.checkpoint = directory / "checkpoint"
+        self.run = directory / "run"
+        self.descriptor = self.run / "broker.json"
+        self.lock = self.run / "lock"
+
+    def role_lock(self, role: str) -> Path:
+        """Held by the one process that works as ``role``."""
+        return self.run / f"{role}.lock"
+
+    def worker_log(self, role: str) -> Path:
+        return self.run / f"{role}.log"
