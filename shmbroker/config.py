@@ -201,7 +201,7 @@ class Config:
     def of(settings: Mapping[str, Any], given: frozenset[str] = frozenset()) -> Config:
         """A configuration from our own keys; the others keep their defaults. Raises ConfigError."""
         if unknown := settings.keys() - RULES.keys():
-            raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}")
+            raise ConfigError(f"unknown setting {min(unknown)!r}")
         settings = dict(settings)
         layout = LayoutConfig(**{k: v for k, v in settings.items() if k in LAYOUT_RULES})
         runtime = {k: v for k, v in settings.items() if k in RUNTIME_RULES}

@@ -1,36 +1,36 @@
 """Every exception that shmbroker raises. The class says what the caller should do.
 
-    ShmBrokerError
-    ├── Retryable             nothing was stored; try again later
-    │   ├── BrokerBusy        the ring stayed full, or the append lock stayed taken, for the whole send timeout
-    │   └── NotReady          the broker is starting or its supervisor is being replaced
-    ├── BadRequest            never succeeds as it stands; mend the call (also a ValueError)
-    │   ├── MessageIllegal    empty body, bad type, properties with forbidden characters ...
-    │   │   ├── MessageTooLarge      body over max_message_bytes, or a group over a quarter of ring or segment
-    │   │   └── PropertiesTooLarge   encoded properties over 32,767 bytes
-    │   ├── NameIllegal       topic or group name outside RocketMQ's alphabet or length
-    │   ├── QueueNotExist     queue number outside the topic
-    │   ├── TopicNotExist     and auto_create_topics is off
-    │   ├── GroupNotExist
-    │   ├── NoPermission      the topic lacks the W (or R) permission
-    │   ├── LimitReached      a table is full; the message names the setting that sizes it
-    │   └── ConfigError       a setting is unknown, ill-typed or out of range
-    ├── Refused               another's right stands against it
-    │   ├── ReceiptExpired    ack or renewal of a claim that is no longer yours: it will be (or was) delivered again
-    │   ├── SubscriptionConflict  a live member of the group subscribes differently
-    │   ├── AttachRefused     other user, other pid or ipc namespace
-    │   └── ConfigConflict    the running broker was started with another value
-    ├── NeedsOperator         a person has to act; the message says how
-    │   ├── StoreFull         the disk has no room for more; consumers go on, sending resumes by itself
-    │   ├── StoreReadOnly     a write or fdatasync failed (EIO): nothing more is promised
-    │   ├── CorruptLog        damage inside the log, with its exact place
-    │   └── NotEnoughMemory   /dev/shm too small; says need, free and the setting
-    ├── NeedsRestart          this handle is of no more use; open again
-    │   ├── LayoutMismatch    memory made by another version or build
-    │   ├── BrokerClosed
-    │   ├── BrokerFenced      another directory was promoted; outcome of the last send unknown, resend with the same id
-    │   └── ForkedHandleError made before a fork, used after it
-    └── PositionGone          retention has deleted what was asked for
+ShmBrokerError
+├── Retryable             nothing was stored; try again later
+│   ├── BrokerBusy        the ring stayed full, or the append lock stayed taken, for the whole send timeout
+│   └── NotReady          the broker is starting or its supervisor is being replaced
+├── BadRequest            never succeeds as it stands; mend the call (also a ValueError)
+│   ├── MessageIllegal    empty body, bad type, properties with forbidden characters ...
+│   │   ├── MessageTooLarge      body over max_message_bytes, or a group over a quarter of ring or segment
+│   │   └── PropertiesTooLarge   encoded properties over 32,767 bytes
+│   ├── NameIllegal       topic or group name outside RocketMQ's alphabet or length
+│   ├── QueueNotExist     queue number outside the topic
+│   ├── TopicNotExist     and auto_create_topics is off
+│   ├── GroupNotExist
+│   ├── NoPermission      the topic lacks the W (or R) permission
+│   ├── LimitReached      a table is full; the message names the setting that sizes it
+│   └── ConfigError       a setting is unknown, ill-typed or out of range
+├── Refused               another's right stands against it
+│   ├── ReceiptExpired    ack or renewal of a claim that is no longer yours: it will be (or was) delivered again
+│   ├── SubscriptionConflict  a live member of the group subscribes differently
+│   ├── AttachRefused     other user, other pid or ipc namespace
+│   └── ConfigConflict    the running broker was started with another value
+├── NeedsOperator         a person has to act; the message says how
+│   ├── StoreFull         the disk has no room for more; consumers go on, sending resumes by itself
+│   ├── StoreReadOnly     a write or fdatasync failed (EIO): nothing more is promised
+│   ├── CorruptLog        damage inside the log, with its exact place
+│   └── NotEnoughMemory   /dev/shm too small; says need, free and the setting
+├── NeedsRestart          this handle is of no more use; open again
+│   ├── LayoutMismatch    memory made by another version or build
+│   ├── BrokerClosed
+│   ├── BrokerFenced      another directory was promoted; outcome of the last send unknown, resend with the same id
+│   └── ForkedHandleError made before a fork, used after it
+└── PositionGone          retention has deleted what was asked for
 """
 
 from __future__ import annotations

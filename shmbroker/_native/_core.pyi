@@ -1,7 +1,7 @@
 """Types of the native core. Units: positions and sizes in bytes, offsets in messages, deadlines in ns of CLOCK_MONOTONIC."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, overload
 
 RECORD_HEADER_BYTES: Final[int]
 RECORD_ALIGN_BYTES: Final[int]
@@ -141,6 +141,11 @@ class BatchResult(Sequence[SendResult]):
     """Lazy: the SendResult of message i is made when asked for."""
     status: Any
     end_position: int
+    @overload
+    def __getitem__(self, index: int) -> SendResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SendResult]: ...
+    def __len__(self) -> int: ...
     def confirm(self, timeout: float = 5.0) -> Any: ...
 
 # ---- shared memory -----------------------------------------------------------------------------------------------

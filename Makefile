@@ -1,0 +1,76 @@
+# `make demo` runs the main job, `make test` passes the tests; both set up all they need in .venv. The rest is for contributors.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := $(wildcard shmbroker/_native/*.c shmbroker/_native/*.h shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format native-test bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         stream a text file through a broker whose processes are killed on the way; nothing may be lost"
+	@echo "make test         all Python tests               PYTEST_ARGS='-k ring' runs some of them"
+	@echo "make lint         ruff, mypy, cython-lint, import contracts, C warnings"
+	@echo "make native-test  the C tests under address, undefined-behaviour and thread sanitizers"
+	@echo "make bench        the benchmark, each figure beside this machine's own floor"
+	@echo "make clean        remove what these commands made"
+
+demo: $(VENV)/.installed
+	$(BIN)/shmbroker demo
+
+test: $(VENV)/.installed $(VENV)/.test-tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m shmbroker.tools.bench
+
+native-test:
+	@PYTHON="$(PYTHON)" sh tools/preflight.sh
+	$(MAKE) --no-print-directory -C tests/native
+
+# mypy and import-linter look at the tree as it is installed: workers/ and tools/ inside the package.
+lint: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build/tree && mkdir -p build/tree && cp -rs "$(CURDIR)/shmbroker" build/tree/
+	cp -rs "$(CURDIR)/workers" "$(CURDIR)/tools" build/tree/shmbroker/ && cp -rs "$(CURDIR)/tests" build/tree/
+	cd build/tree && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" shmbroker tests
+	cd build/tree && "$(CURDIR)/$(BIN)/lint-imports" --no-cache --config "$(CURDIR)/pyproject.toml"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint $(wildcard shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
+	for source in shmbroker/_native/*.[ch]; do \
+	    $(CC) -std=gnu11 -Wall -Wextra -Wconversion -Werror -fsyntax-only -x c $$source || exit 1; \
+	done
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -f shmbroker/_native/_core.c shmbroker/_native/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	if [ -f tests/native/Makefile ]; then $(MAKE) --no-print-directory -C tests/native clean; fi
+
+# --- the virtual environment: one stamp per step ---------------------------------------------------------------------
+# The build tools live in it, so that a rebuild of the native core needs no network and Debian's venv, which comes
+# without setuptools, is enough. pip is renewed first: Debian 12's does not know dependency groups.
+$(VENV)/.created: pyproject.toml
+	@PYTHON="$(PYTHON)" sh tools/preflight.sh
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
+	$(PIP) install --group build
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(NATIVE)
+	PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test-tools: $(VENV)/.created
+	$(PIP) install --group test
+	@touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.created
+	$(PIP) install --group lint
+	@touch $@
