@@ -23,7 +23,8 @@ enum sb_code {
     SB_INVALID = -13,    /* bytes that are no record; an argument out of range */
     SB_GONE = -14,       /* the slot or claim is no longer the caller's */
     SB_EXISTS = -15,
-    SB_NOT_FOUND = -16
+    SB_NOT_FOUND = -16,
+    SB_NO_INDEX = -17    /* the index pool waits for the dispatcher */
 };
 
 #endif

@@ -174,6 +174,7 @@ typedef struct {
     sb_word next_group_id;             /* definition lock */
     sb_word next_incarnation_salt;
     sb_word claimable_hint;            /* bumped by whoever makes claims available again: sleepers re-check */
+    sb_word waiters_high;              /* wait slots ever taken: scans stop here; only grows */
     sb_word lock_takeovers;            /* append lock found with a dead owner, counted for `status` */
 } sb_watermarks;
 
@@ -184,7 +185,7 @@ enum sb_visible { SB_VISIBLE_APPEND = 0, SB_VISIBLE_FLUSH = 1, SB_VISIBLE_REPLIC
 /* Undo area (R3): under the append lock, filled before the first effect of an append.
  * repair: tail == undo.tail -> every word gets `before`; tail moved -> every word gets `after`. Idempotent. */
 typedef struct {
-    uint64_t at; /* byte offset of a 64-bit word in the control segment, multiple of 8 */
+    uint64_t at; /* byte offset of a 64-bit word in the control segment; + 1: a claim, others may CAS it */
     uint64_t before;
     uint64_t after;
 } sb_undo_entry;
@@ -231,6 +232,7 @@ typedef struct {
     sb_word acks;
     char name[48]; /* group or program, for `status` */
     _Alignas(SB_LINE) sb_word window[SB_ID_WINDOW]; /* position of sequence s at s % 64; checked against the record (R17) */
+    sb_word window_sequence[SB_ID_WINDOW];          /* and which sequence that was */
 } sb_client;
 
 enum sb_client_state { SB_CLIENT_FREE = 0, SB_CLIENT_JOINING = 1, SB_CLIENT_LIVE = 2, SB_CLIENT_DEAD = 3 };
@@ -247,16 +249,16 @@ typedef struct {
 } sb_waiter;
 
 enum sb_wait { SB_WAIT_FREE = 0, SB_WAIT_IDLE = 1, SB_WAIT_WAITING = 2, SB_WAIT_POSTED = 3 };
-enum sb_wait_kind { SB_WAIT_FLUSH = 1, SB_WAIT_REPLICATE = 2, SB_WAIT_SPACE = 3, SB_WAIT_MESSAGE = 4 };
+enum sb_wait_kind { SB_WAIT_FLUSH = 1, SB_WAIT_REPLICATE = 2, SB_WAIT_SPACE = 3, SB_WAIT_MESSAGE = 4, SB_WAIT_DISPATCH = 5 };
 #define SB_WAITER_WORDS 8u /* bitmap words: at most 512 waiters */
 
 typedef struct {
     _Alignas(SB_LINE) sb_word state; /* enum sb_slot_state; set by the append that carries the definition record */
+    sb_word permission;              /* RocketMQ's bits: 4 read, 2 write. This and the next two: append effects */
+    sb_word queue_count;
+    sb_word first_queue;             /* slot; the others by sb_queue.next_in_topic */
     uint32_t topic_id;               /* never reused */
-    uint32_t permission;             /* RocketMQ's bits: 4 read, 2 write */
-    uint32_t queue_count;
-    uint32_t first_queue;            /* slot; the others by sb_queue.next_in_topic */
-    sb_word generation;
+    uint32_t reserved;
     char name[SB_NAME_BYTES];
     _Alignas(SB_LINE) sb_word sleepers[SB_WAITER_WORDS]; /* bit w: waiter w sleeps for this topic. SYNC: sleepers */
     sb_word last_position; /* position of the topic's newest message: what the flusher looks at when it wakes consumers */
@@ -270,17 +272,18 @@ typedef struct {
     sb_word oldest_block;                  /* append lock */
     sb_word newest_block;                  /* append lock */
     sb_word first_offset;                  /* writer: retention. First offset that the log still has */
-    sb_word state;                         /* enum sb_slot_state */
+    sb_word state;                         /* enum sb_slot_state; append effect */
+    sb_word next_in_topic;                 /* slot of the topic's next queue; append effect */
     uint32_t topic_slot;
     uint32_t topic_id;
     uint32_t queue_id;
-    uint32_t next_in_topic;
+    uint32_t reserved;
     sb_word bytes; /* append lock; payload bytes ever appended, for lag in bytes */
 } sb_queue;
 
 /* A block of a queue's index (R7). Full blocks hang in one list in the order in which they filled. */
 typedef struct {
-    _Alignas(64) sb_word owner; /* queue slot + 1 in the upper 32 bits, generation in the lower; 0: never used */
+    _Alignas(64) sb_word owner; /* queue slot + 1 in the upper 32 bits, topic id in the lower; 0: never used */
     sb_word first;              /* offset of entry 0 */
     sb_word next;               /* next block of this queue */
     sb_word next_full;          /* next block in the list of reusable blocks */
@@ -306,7 +309,7 @@ typedef struct {
 } sb_group;
 
 /* Claims of one group in one queue (R9).
- * word: state 2 | slot 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
+ * word, from the lowest bit: state 2 | slot 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
  *   FREE: nobody has it; the deadline field holds the lap (offset / window), so that a late claimer cannot take the
  *         word for another offset. HELD: claimed by `slot` until `deadline` (0: prefetched, no deadline).
  *   MOVING: an append decides about it, nobody else may change it. ACKED: done; the base may pass it.
@@ -333,6 +336,7 @@ typedef struct {
     _Alignas(SB_LINE) sb_word word[]; /* claim_window of them */
 } sb_claims;
 
+#define SB_CLAIM_STATE_MASK 3ull
 enum sb_claim_state { SB_CLAIM_FREE = 0, SB_CLAIM_HELD = 1, SB_CLAIM_MOVING = 2, SB_CLAIM_ACKED = 3 };
 
 typedef struct {
@@ -369,7 +373,7 @@ _Static_assert(sizeof(sb_word) == 8 && sizeof(sb_half) == 4, "atomics are plain 
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "atomics must work between processes");
 _Static_assert(sizeof(sem_t) == 32 && sizeof(pthread_mutex_t) == 40, "glibc, 64 bit");
 _Static_assert(sizeof(sb_worker) == 128 && sizeof(sb_waiter) == 128 && sizeof(sb_queue) == 128, "one slot, one pair of lines");
-_Static_assert(sizeof(sb_client) == 128 + 8 * SB_ID_WINDOW, "client slot");
+_Static_assert(sizeof(sb_client) == 128 + 16 * SB_ID_WINDOW, "client slot");
 _Static_assert(sizeof(sb_topic) % SB_LINE == 0 && sizeof(sb_group) % SB_LINE == 0, "tables stay aligned");
 _Static_assert(sizeof(sb_block) == 64 + 8 * SB_BLOCK_ENTRIES, "index block");
 _Static_assert(sizeof(sb_claims) % SB_LINE == 0 && sizeof(sb_overflow) == 32 && sizeof(sb_id) == 32, "tables");

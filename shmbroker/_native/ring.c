@@ -1,2 +1,68 @@
-/* ring.c */
-typedef int sb_ring_placeholder;
+/* ring.c: the reading half of ring.h. Readers take no lock: they copy first and believe afterwards (R8).
+ *
+ * Under ThreadSanitizer the copy is made word by word with atomics: the race is intended and decided by write_limit. */
+#include "ring.h"
+
+#include <string.h>
+
+#include "record.h"
+
+static void copy_racy(uint8_t *to, const uint8_t *from, uint64_t bytes)
+{
+#if defined(__SANITIZE_THREAD__)
+    for (uint64_t i = 0; i < bytes; i++) {
+        to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+    }
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+/* Valid iff, after the copy, nobody had begun to overwrite it. SYNC: write_limit */
+static int still_there(const sb_region *r, uint64_t position)
+{
+    atomic_thread_fence(memory_order_acquire);
+    return sb_load(&sb_marks(r)->write_limit) - position <= r->ring_bytes;
+}
+
+int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
+{
+    if (position % SB_RECORD_ALIGN) {
+        return SB_INVALID;
+    }
+    if (position >= sb_load(&sb_marks(r)->tail)) { /* SYNC: tail */
+        return SB_END;
+    }
+    if (!still_there(r, position)) {
+        return SB_BEHIND;
+    }
+    copy_racy((uint8_t *)header, r->ring + (position & r->ring_mask), sizeof *header);
+    if (!still_there(r, position)) {
+        return SB_BEHIND;
+    }
+    uint64_t payload = (uint64_t)header->tags_bytes + header->keys_bytes + header->properties_bytes;
+    return header->position == position && header->epoch <= r->epoch && header->size >= SB_RECORD_HEADER + payload &&
+                   header->size <= r->ring_bytes / 2
+               ? SB_OK
+               : SB_INVALID;
+}
+
+int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size)
+{
+    sb_record header;
+    int code = sb_ring_peek(r, position, &header);
+    if (code != SB_OK) {
+        return code;
+    }
+    *size = header.size;
+    if (room < header.size) {
+        return SB_NO_SPACE;
+    }
+    copy_racy(buffer, r->ring + (position & r->ring_mask), header.size);
+    if (!still_there(r, position)) {
+        return SB_BEHIND;
+    }
+    memcpy(&header, buffer, sizeof header);
+    uint32_t payload_crc = header.kind == SB_KIND_FILLER ? 0 : sb_crc32c(0, buffer + sizeof header, header.size - sizeof header);
+    return header.size == *size && sb_record_crc(&header, payload_crc) == header.crc ? SB_OK : SB_INVALID;
+}

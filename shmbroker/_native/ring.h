@@ -35,7 +35,7 @@ typedef struct {
 /* Append `count` records and apply `effects` as one atomic group, or nothing at all. One attempt, never sleeps while
  * it waits for space. deadline_ns: for the append lock; 0: only try.
  * SB_OK | SB_DUPLICATE | SB_LOCKED | SB_TIMEOUT | SB_INTERRUPTED | SB_NO_SPACE (*needed: `flushed` must reach it) |
- * SB_NO_CAPACITY | SB_READ_ONLY | SB_NOT_RUNNING | SB_FENCED | SB_TOO_LARGE | SB_LOST | SB_BROKEN */
+ * SB_NO_INDEX (*needed: `dispatched` must pass it) | SB_NO_CAPACITY | SB_READ_ONLY | SB_NOT_RUNNING | SB_FENCED | SB_TOO_LARGE | SB_LOST | SB_BROKEN */
 int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects, uint32_t effect_count,
               uint32_t options, int64_t deadline_ns, uint64_t *end, uint64_t *needed);
 void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post whoever sleeps for what was appended */

@@ -1,2 +1,355 @@
-/* wait.c */
-typedef int sb_wait_placeholder;
+/* wait.c: see wait.h. Every poster does: change what is waited for, full fence, look at the flag, CAS it, post.
+ * Every sleeper does: set the flag, full fence, look at what is waited for, sleep. One of the two sees the other. */
+#include "wait.h"
+
+#include "failpoint.h"
+
+#define SLICE_NS 100000000ll     /* no sleep is longer: the predicate is the truth, the semaphore a hint */
+#define UNTAKEN_NS 5000000ll     /* a post not taken for so long is made again (R6) */
+#define GROUPS_PER_WAKE 64u
+
+static uint32_t wait_of(uint32_t state) { return state & 0xffu; }
+static uint32_t with_wait(uint32_t state, uint32_t wait) { return (state & ~0xffu) | wait; }
+
+int sb_waiter_take(sb_region *r, uint32_t client, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.waiters; i++) {
+        sb_waiter *w = sb_waiter_at(r, i);
+        uint32_t state = atomic_load_explicit(&w->state, memory_order_relaxed);
+        if (state == SB_WAIT_FREE &&
+            atomic_compare_exchange_strong(&w->state, &state, ((client + 1) << 8) | SB_WAIT_IDLE)) {
+            sb_raise(&sb_marks(r)->waiters_high, i + 1);
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_TABLE_FULL;
+}
+
+void sb_waiter_give(sb_region *r, uint32_t slot)
+{
+    if (slot < r->limits.waiters) {
+        atomic_store(&sb_waiter_at(r, slot)->state, SB_WAIT_FREE);
+    }
+}
+
+static void begin_wait(sb_waiter *w, uint32_t kind, uint64_t target)
+{
+    while (sb_semaphore_wait(&w->wake, 0) == SB_OK) { /* a credit left over from a post that came too late */
+    }
+    w->kind = kind;
+    sb_store(&w->target, target);
+    uint32_t state = atomic_load(&w->state);
+    atomic_store(&w->state, with_wait(state, SB_WAIT_WAITING)); /* SYNC: waiter */
+    SB_FAILPOINT(wait_flagged);
+    sb_fence();
+}
+
+static void end_wait(sb_waiter *w)
+{
+    uint32_t state = atomic_load(&w->state);
+    atomic_store(&w->state, with_wait(state, SB_WAIT_IDLE));
+}
+
+/* WAITING -> POSTED belongs to exactly one poster. A poster killed before sem_post leaves POSTED: the backstop posts. */
+static int claim_post(sb_waiter *w)
+{
+    uint32_t state = atomic_load(&w->state); /* SYNC: waiter */
+    if (wait_of(state) != SB_WAIT_WAITING) {
+        return 0;
+    }
+    sb_store(&w->posted_ns, (uint64_t)sb_now_ns());
+    return atomic_compare_exchange_strong(&w->state, &state, with_wait(state, SB_WAIT_POSTED));
+}
+
+static uint32_t post(sb_waiter *w)
+{
+    if (!claim_post(w)) {
+        return 0;
+    }
+    SB_FAILPOINT(wake_claimed);
+    (void)sem_post(&w->wake);
+    return 1;
+}
+
+/* -- positions ---------------------------------------------------------------------------------------------------- */
+
+static sb_word *word_of(sb_region *r, uint32_t kind)
+{
+    switch (kind) {
+    case SB_WAIT_FLUSH:
+    case SB_WAIT_SPACE:
+        return &sb_marks(r)->flushed;
+    case SB_WAIT_REPLICATE:
+        return &sb_marks(r)->replicated;
+    case SB_WAIT_DISPATCH:
+        return &sb_marks(r)->dispatched;
+    default:
+        return NULL;
+    }
+}
+
+static int position_state(sb_region *r, const sb_word *word, uint64_t target)
+{
+    sb_watermarks *m = sb_marks(r);
+    if (sb_load(word) >= target) {
+        return sb_load(&m->fenced) ? SB_FENCED : SB_OK;
+    }
+    if (sb_load(&m->store_state) == SB_STORE_READ_ONLY) {
+        return SB_READ_ONLY;
+    }
+    return sb_load(&m->state) == SB_STATE_STOPPED ? SB_NOT_RUNNING : SB_AGAIN;
+}
+
+int sb_wait_position(sb_region *r, uint32_t slot, uint32_t kind, uint64_t target, int64_t deadline_ns)
+{
+    sb_word *word = word_of(r, kind);
+    if (!word || slot >= r->limits.waiters) {
+        return SB_INVALID;
+    }
+    sb_waiter *w = sb_waiter_at(r, slot);
+    int code = position_state(r, word, target);
+    while (code == SB_AGAIN) {
+        begin_wait(w, kind, target);
+        code = position_state(r, word, target);
+        if (code == SB_AGAIN) {
+            (void)sb_worker_post(r, kind == SB_WAIT_DISPATCH ? SB_ROLE_DISPATCHER : SB_ROLE_FLUSHER, 1);
+            int64_t now = sb_now_ns();
+            int64_t until = now + SLICE_NS < deadline_ns ? now + SLICE_NS : deadline_ns;
+            int slept = sb_semaphore_wait(&w->wake, until);
+            code = position_state(r, word, target);
+            if (code == SB_AGAIN && slept == SB_INTERRUPTED) {
+                code = SB_INTERRUPTED;
+            } else if (code == SB_AGAIN && slept == SB_TIMEOUT && until >= deadline_ns) {
+                code = SB_TIMEOUT;
+            }
+        }
+        end_wait(w);
+    }
+    return code;
+}
+
+static uint32_t waiters_in_use(const sb_region *r)
+{
+    uint64_t high = sb_load(&sb_marks(r)->waiters_high);
+    return high < r->limits.waiters ? (uint32_t)high : r->limits.waiters;
+}
+
+uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached)
+{
+    uint32_t posts = 0, used = waiters_in_use(r);
+    sb_fence();
+    for (uint32_t i = 0; i < used; i++) {
+        sb_waiter *w = sb_waiter_at(r, i);
+        if (wait_of(atomic_load_explicit(&w->state, memory_order_acquire)) == SB_WAIT_WAITING && w->kind == kind &&
+            sb_load(&w->target) <= reached) {
+            posts += post(w);
+        }
+    }
+    return posts;
+}
+
+uint32_t sb_wake_everybody(sb_region *r)
+{
+    uint32_t posts = 0, used = waiters_in_use(r);
+    sb_fence();
+    for (uint32_t i = 0; i < used; i++) {
+        posts += post(sb_waiter_at(r, i));
+    }
+    return posts;
+}
+
+/* -- messages ----------------------------------------------------------------------------------------------------- */
+
+void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const uint32_t *topics, uint32_t count)
+{
+    sb_waiter *w = sb_waiter_at(r, slot);
+    w->group = group;
+    begin_wait(w, SB_WAIT_MESSAGE, 0);
+    for (uint32_t i = 0; i < count; i++) {
+        if (topics[i] < r->limits.topics) {
+            atomic_fetch_or(&sb_topic_at(r, topics[i])->sleepers[slot / 64], 1ull << (slot % 64)); /* SYNC: sleepers */
+        }
+    }
+    sb_fence();
+}
+
+int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns)
+{
+    int64_t slice = sb_now_ns() + SLICE_NS;
+    return sb_semaphore_wait(&sb_waiter_at(r, slot)->wake, slice < deadline_ns ? slice : deadline_ns);
+}
+
+static void clear_sleeper(sb_region *r, uint32_t topic, uint32_t slot)
+{
+    atomic_fetch_and(&sb_topic_at(r, topic)->sleepers[slot / 64], ~(1ull << (slot % 64)));
+}
+
+void sb_wait_message_end(sb_region *r, uint32_t slot, const uint32_t *topics, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if (topics[i] < r->limits.topics) {
+            clear_sleeper(r, topics[i], slot);
+        }
+    }
+    end_wait(sb_waiter_at(r, slot));
+}
+
+/* Post sleepers of a topic: of group `only`, or (SB_NIL) one of every group. The bit goes before the post is made: a
+ * sleeper that meanwhile set it anew is woken by that post and looks again; after the post the bit would be lost. */
+static uint32_t wake_sleepers(sb_region *r, uint32_t topic, uint32_t only)
+{
+    sb_topic *t = sb_topic_at(r, topic);
+    uint32_t groups[GROUPS_PER_WAKE], posts = 0;
+    for (uint32_t word = 0; word < SB_WAITER_WORDS; word++) {
+        uint64_t bits = sb_load(&t->sleepers[word]); /* SYNC: sleepers */
+        while (bits) {
+            uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
+            bits &= bits - 1;
+            if (slot >= r->limits.waiters) {
+                break;
+            }
+            sb_waiter *w = sb_waiter_at(r, slot);
+            uint32_t group = w->group, known = 0;
+            while (known < posts && known < GROUPS_PER_WAKE && groups[known] != group) {
+                known++;
+            }
+            int served = known < posts && known < GROUPS_PER_WAKE;
+            if (served || (only != SB_NIL && group != only) || !claim_post(w)) {
+                continue;
+            }
+            SB_FAILPOINT(wake_claimed);
+            clear_sleeper(r, topic, slot);
+            (void)sem_post(&w->wake);
+            if (posts < GROUPS_PER_WAKE) {
+                groups[posts] = group;
+            }
+            posts++;
+        }
+    }
+    return posts;
+}
+
+uint32_t sb_wake_topic(sb_region *r, uint32_t topic) { return topic < r->limits.topics ? wake_sleepers(r, topic, SB_NIL) : 0; }
+
+uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group)
+{
+    return topic < r->limits.topics ? wake_sleepers(r, topic, group) : 0;
+}
+
+uint32_t sb_wake_topics_since(sb_region *r, uint64_t from, uint64_t to)
+{
+    uint32_t posts = 0;
+    sb_fence();
+    for (uint32_t i = 0; i < r->limits.topics && from < to; i++) {
+        sb_topic *t = sb_topic_at(r, i);
+        if (sb_load(&t->state) == SB_SLOT_LIVE && sb_load(&t->last_position) >= from) {
+            posts += wake_sleepers(r, i, SB_NIL);
+        }
+    }
+    return posts;
+}
+
+/* -- workers ------------------------------------------------------------------------------------------------------ */
+
+/* Does anybody wait for the flusher or the dispatcher right now? Ends a tick before it begins. */
+static int urgent_work(const sb_region *r, uint32_t role)
+{
+    uint32_t used = waiters_in_use(r);
+    for (uint32_t i = 0; i < used; i++) {
+        const sb_waiter *w = sb_waiter_at(r, i);
+        if (wait_of(atomic_load(&w->state)) != SB_WAIT_WAITING) {
+            continue;
+        }
+        if (w->kind == SB_WAIT_DISPATCH ? role == SB_ROLE_DISPATCHER
+                                        : role == SB_ROLE_FLUSHER && (w->kind == SB_WAIT_FLUSH || w->kind == SB_WAIT_SPACE)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int sb_worker_sleep(sb_region *r, uint32_t role, uint32_t mode, uint64_t seen, int64_t deadline_ns)
+{
+    if (role >= SB_ROLES_MAX) {
+        return SB_INVALID;
+    }
+    sb_worker *w = sb_worker_at(r, role);
+    while (sb_semaphore_wait(&w->wake, 0) == SB_OK) {
+    }
+    atomic_store(&w->waiting, 1);
+    atomic_store(&w->sleep, mode); /* SYNC: worker-sleep */
+    sb_fence();
+    int code = SB_OK;
+    int work = mode == SB_SLEEP_IDLE ? sb_load(&sb_marks(r)->tail) > seen : urgent_work(r, role);
+    if (!work) {
+        code = sb_semaphore_wait(&w->wake, deadline_ns);
+    }
+    atomic_store(&w->sleep, SB_AWAKE);
+    atomic_store(&w->waiting, 0);
+    return code;
+}
+
+uint32_t sb_worker_post(sb_region *r, uint32_t role, int urgent)
+{
+    sb_worker *w = sb_worker_at(r, role);
+    uint32_t mode = atomic_load_explicit(&w->sleep, memory_order_relaxed); /* SYNC: worker-sleep; the caller fenced */
+    if (mode == SB_AWAKE || (mode == SB_SLEEP_TICK && !urgent) || !atomic_compare_exchange_strong(&w->sleep, &mode, SB_AWAKE)) {
+        return 0;
+    }
+    (void)sem_post(&w->wake);
+    return 1;
+}
+
+/* -- janitor ------------------------------------------------------------------------------------------------------ */
+
+uint32_t sb_wait_backstop(sb_region *r, int64_t now_ns)
+{
+    uint32_t posts = 0, used = waiters_in_use(r);
+    for (uint32_t i = 0; i < used; i++) {
+        sb_waiter *w = sb_waiter_at(r, i);
+        uint32_t state = wait_of(atomic_load(&w->state));
+        if (state == SB_WAIT_POSTED && now_ns - (int64_t)sb_load(&w->posted_ns) > UNTAKEN_NS) {
+            sb_store(&w->posted_ns, (uint64_t)now_ns); /* its poster died between CAS and post, or its owner is stopped */
+            (void)sem_post(&w->wake);
+            posts++;
+        } else if (state == SB_WAIT_WAITING) {
+            const sb_word *word = word_of(r, w->kind);
+            if (word && sb_load(word) >= sb_load(&w->target)) {
+                posts += post(w); /* the flusher died between publishing and posting */
+            }
+        }
+    }
+    const uint64_t tail = sb_load(&sb_marks(r)->tail);
+    const struct {
+        uint32_t role;
+        const sb_word *done;
+    } workers[] = {{SB_ROLE_FLUSHER, &sb_marks(r)->flushed}, {SB_ROLE_DISPATCHER, &sb_marks(r)->dispatched}};
+    for (uint32_t i = 0; i < 2; i++) { /* a producer died between publishing and posting */
+        sb_worker *w = sb_worker_at(r, workers[i].role);
+        if (atomic_load(&w->waiting) && atomic_load(&w->sleep) != SB_SLEEP_TICK && sb_load(workers[i].done) < tail) {
+            (void)sem_post(&w->wake);
+            posts++;
+        }
+    }
+    return posts;
+}
+
+uint32_t sb_waiter_reap(sb_region *r, uint32_t client)
+{
+    uint32_t freed = 0;
+    for (uint32_t i = 0; i < r->limits.waiters; i++) {
+        sb_waiter *w = sb_waiter_at(r, i);
+        if (atomic_load(&w->state) >> 8 != client + 1) {
+            continue;
+        }
+        for (uint32_t t = 0; t < r->limits.topics; t++) {
+            clear_sleeper(r, t, i);
+        }
+        while (sb_semaphore_wait(&w->wake, 0) == SB_OK) {
+        }
+        atomic_store(&w->state, SB_WAIT_FREE);
+        freed++;
+    }
+    return freed;
+}

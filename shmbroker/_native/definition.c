@@ -1,0 +1,333 @@
+/* definition.c: see definition.h. Fields of a FREE slot are written first; the append's effects make it LIVE together
+ * with its record. A definer killed before that leaves a FREE slot with old letters in it, which nobody looks at. */
+#include "definition.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "record.h"
+
+#define EFFECTS_MAX (SB_QUEUES_PER_TOPIC_MAX + 8u)
+#define BODY_BYTES 1024
+
+/* Effects are collected, then either appended with a record or (recovery) stored. */
+typedef struct {
+    sb_effect effect[EFFECTS_MAX];
+    uint32_t count;
+} change;
+
+static void change_word(change *c, sb_word *word, uint64_t desired)
+{
+    if (c->count < EFFECTS_MAX) {
+        c->effect[c->count++] = (sb_effect){.word = word, .expected = sb_load(word), .desired = desired, .claim = 0};
+    }
+}
+
+static int apply(sb_region *r, change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
+{
+    change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
+    if (!record) {
+        for (uint32_t i = 0; i < c->count; i++) {
+            sb_store(c->effect[i].word, c->effect[i].desired);
+        }
+        return SB_OK;
+    }
+    sb_item item = {.body = (const uint8_t *)body, .body_bytes = (uint32_t)strlen(body), .born_ns = sb_realtime_ns(),
+                    .queue_slot = SB_NIL, .queue_id = SB_NO_QUEUE, .kind = kind};
+    item.payload_crc = sb_crc32c(0, item.body, item.body_bytes);
+    uint64_t end;
+    int code = sb_append(r, SB_NIL, &item, 1, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
+    if (code == SB_OK) {
+        sb_append_wake(r, &item, 1);
+    }
+    return code;
+}
+
+int sb_definition_lock(sb_region *r, int64_t deadline_ns)
+{
+    int code = sb_mutex_lock(&r->control->locks.definition, deadline_ns);
+    return code == SB_OWNER_DEAD ? sb_mutex_consistent(&r->control->locks.definition) : code; /* nothing half-made is LIVE */
+}
+
+void sb_definition_unlock(sb_region *r) { sb_mutex_unlock(&r->control->locks.definition); }
+
+/* -- look-up ------------------------------------------------------------------------------------------------------ */
+
+int sb_topic_find(const sb_region *r, const char *name, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.topics; i++) {
+        const sb_topic *t = sb_topic_at(r, i);
+        if (sb_load(&t->state) == SB_SLOT_LIVE && strncmp(t->name, name, SB_NAME_BYTES) == 0) {
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_NOT_FOUND;
+}
+
+int sb_topic_by_id(const sb_region *r, uint32_t topic_id, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.topics; i++) {
+        const sb_topic *t = sb_topic_at(r, i);
+        if (sb_load(&t->state) == SB_SLOT_LIVE && t->topic_id == topic_id) {
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_NOT_FOUND;
+}
+
+int sb_group_find(const sb_region *r, const char *name, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.groups; i++) {
+        const sb_group *g = sb_group_at(r, i);
+        if (sb_load(&g->state) == SB_SLOT_LIVE && strncmp(g->name, name, SB_NAME_BYTES) == 0) {
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_NOT_FOUND;
+}
+
+int sb_group_by_id(const sb_region *r, uint32_t group_id, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.groups; i++) {
+        const sb_group *g = sb_group_at(r, i);
+        if (sb_load(&g->state) == SB_SLOT_LIVE && g->group_id == group_id) {
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_NOT_FOUND;
+}
+
+uint32_t sb_topic_queues(const sb_region *r, uint32_t topic, uint32_t *slots, uint32_t room)
+{
+    const sb_topic *t = sb_topic_at(r, topic);
+    uint64_t count = sb_load(&t->queue_count), at = sb_load(&t->first_queue);
+    uint32_t n = 0;
+    while (n < count && n < room && at < r->limits.queues) {
+        slots[n++] = (uint32_t)at;
+        at = sb_load(&sb_queue_at(r, (uint32_t)at)->next_in_topic);
+    }
+    return n;
+}
+
+/* -- topics ------------------------------------------------------------------------------------------------------- */
+
+static int free_topic(const sb_region *r, uint32_t *slot)
+{
+    for (uint32_t i = 0; i < r->limits.topics; i++) {
+        if (sb_load(&sb_topic_at(r, i)->state) == SB_SLOT_FREE) {
+            *slot = i;
+            return SB_OK;
+        }
+    }
+    return SB_TABLE_FULL;
+}
+
+/* Prepare queue numbers [have, wanted) behind slot `last` (SB_NIL: none yet). The queue's index keeps the block of its
+ * former user until the first append replaces it. */
+static int add_queues(sb_region *r, uint32_t topic, uint32_t topic_id, uint32_t have, uint32_t wanted, sb_word *link, change *c)
+{
+    uint32_t slot = 0;
+    for (uint32_t queue_id = have; queue_id < wanted; queue_id++, slot++) {
+        while (slot < r->limits.queues && sb_load(&sb_queue_at(r, slot)->state) != SB_SLOT_FREE) {
+            slot++;
+        }
+        if (slot >= r->limits.queues) {
+            return SB_TABLE_FULL;
+        }
+        sb_queue *q = sb_queue_at(r, slot);
+        q->topic_slot = topic;
+        q->topic_id = topic_id;
+        q->queue_id = queue_id;
+        sb_store(&q->next_offset, 0);
+        sb_store(&q->index_first, 0);
+        sb_store(&q->oldest_block, SB_NIL);
+        sb_store(&q->first_offset, 0);
+        sb_store(&q->bytes, 0);
+        sb_store(&q->next_in_topic, SB_NIL);
+        change_word(c, link, slot);
+        change_word(c, &q->state, SB_SLOT_LIVE);
+        link = &q->next_in_topic;
+    }
+    return SB_OK;
+}
+
+static int define_topic_locked(sb_region *r, const char *name, uint32_t queues, uint32_t permission, uint32_t topic_id,
+                               int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
+{
+    static const uint32_t default_permission = 6;
+    change c = {.count = 0};
+    char body[BODY_BYTES];
+    uint32_t have = 0;
+    sb_word *link;
+    int exists = sb_topic_find(r, name, slot) == SB_OK;
+    if (!exists && free_topic(r, slot) != SB_OK) {
+        return SB_TABLE_FULL;
+    }
+    sb_topic *t = sb_topic_at(r, *slot);
+    if (exists) {
+        uint32_t slots[SB_QUEUES_PER_TOPIC_MAX];
+        have = sb_topic_queues(r, *slot, slots, SB_QUEUES_PER_TOPIC_MAX);
+        link = have ? &sb_queue_at(r, slots[have - 1])->next_in_topic : &t->first_queue;
+        if (topic_id && topic_id != t->topic_id) {
+            return SB_EXISTS;
+        }
+        topic_id = t->topic_id;
+        permission = permission ? permission : (uint32_t)sb_load(&t->permission);
+        if (queues <= have && permission == sb_load(&t->permission)) {
+            return SB_OK;
+        }
+        queues = queues < have ? have : queues;
+    } else {
+        link = &t->first_queue;
+        uint64_t next = sb_load(&sb_marks(r)->next_topic_id);
+        topic_id = topic_id ? topic_id : (uint32_t)next;
+        permission = permission ? permission : default_permission;
+        t->topic_id = topic_id;
+        memset(t->name, 0, sizeof t->name);
+        memcpy(t->name, name, strlen(name));
+        sb_store(&t->first_queue, SB_NIL);
+        sb_store(&t->queue_count, 0);
+        sb_store(&t->permission, 0);
+        sb_store(&t->last_position, 0);
+        change_word(&c, &t->state, SB_SLOT_LIVE);
+        if (topic_id >= next) {
+            change_word(&c, &sb_marks(r)->next_topic_id, (uint64_t)topic_id + 1);
+        }
+    }
+    int code = add_queues(r, *slot, topic_id, have, queues, link, &c);
+    if (code != SB_OK) {
+        return code;
+    }
+    change_word(&c, &t->queue_count, queues);
+    change_word(&c, &t->permission, permission);
+    (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"topic_id\":%u,\"queues\":%u,\"permission\":%u}", name,
+                   topic_id, queues, permission);
+    return apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
+}
+
+int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t permission, uint32_t topic_id, int record,
+                    int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
+{
+    if (strlen(name) >= SB_NAME_BYTES || queues == 0 || queues > SB_QUEUES_PER_TOPIC_MAX || permission > 7) {
+        return SB_INVALID;
+    }
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code == SB_OK) {
+        code = define_topic_locked(r, name, queues, permission, topic_id, record, deadline_ns, slot, needed);
+        sb_definition_unlock(r);
+    }
+    return code;
+}
+
+/* The claims of what is deleted go with it; receipts that are still out are refused. */
+static void free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
+{
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *claims = sb_claims_at(r, i);
+        if (sb_load(&claims->state) == SB_SLOT_LIVE && (claims->topic_id == topic_id || claims->group_id == group_id)) {
+            sb_store(&claims->state, SB_SLOT_FREE);
+        }
+    }
+}
+
+int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+{
+    uint32_t slot, slots[SB_QUEUES_PER_TOPIC_MAX];
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    code = sb_topic_find(r, name, &slot);
+    if (code == SB_OK) {
+        change c = {.count = 0};
+        char body[BODY_BYTES];
+        sb_topic *t = sb_topic_at(r, slot);
+        uint32_t topic_id = t->topic_id, n = sb_topic_queues(r, slot, slots, SB_QUEUES_PER_TOPIC_MAX);
+        for (uint32_t i = 0; i < n; i++) {
+            change_word(&c, &sb_queue_at(r, slots[i])->state, SB_SLOT_FREE);
+        }
+        change_word(&c, &t->state, SB_SLOT_FREE);
+        (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"topic_id\":%u}", name, topic_id);
+        code = apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
+        if (code == SB_OK) {
+            free_claims(r, topic_id, SB_NIL);
+        }
+    }
+    sb_definition_unlock(r);
+    return code;
+}
+
+/* -- groups ------------------------------------------------------------------------------------------------------- */
+
+static int define_group_locked(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot,
+                               uint64_t *needed)
+{
+    if (sb_group_find(r, name, slot) == SB_OK) {
+        return group_id && group_id != sb_group_at(r, *slot)->group_id ? SB_EXISTS : SB_OK;
+    }
+    for (uint32_t i = 0; i < r->limits.groups; i++) {
+        sb_group *g = sb_group_at(r, i);
+        if (sb_load(&g->state) != SB_SLOT_FREE) {
+            continue;
+        }
+        change c = {.count = 0};
+        char body[BODY_BYTES];
+        uint64_t next = sb_load(&sb_marks(r)->next_group_id);
+        group_id = group_id ? group_id : (uint32_t)next;
+        g->group_id = group_id;
+        g->flags = 0;
+        memset(g->name, 0, sizeof g->name);
+        memcpy(g->name, name, strlen(name));
+        memset(g->subscription, 0, sizeof g->subscription);
+        sb_store(&g->subscription_hash, 0);
+        change_word(&c, &g->state, SB_SLOT_LIVE);
+        if (group_id >= next) {
+            change_word(&c, &sb_marks(r)->next_group_id, (uint64_t)group_id + 1);
+        }
+        *slot = i;
+        (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
+        return apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
+    }
+    return SB_TABLE_FULL;
+}
+
+int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
+{
+    if (strlen(name) >= SB_NAME_BYTES) {
+        return SB_INVALID;
+    }
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code == SB_OK) {
+        code = define_group_locked(r, name, group_id, record, deadline_ns, slot, needed);
+        sb_definition_unlock(r);
+    }
+    return code;
+}
+
+int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+{
+    uint32_t slot;
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    code = sb_group_find(r, name, &slot);
+    if (code == SB_OK) {
+        change c = {.count = 0};
+        char body[BODY_BYTES];
+        sb_group *g = sb_group_at(r, slot);
+        uint32_t group_id = g->group_id;
+        change_word(&c, &g->state, SB_SLOT_FREE);
+        (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
+        code = apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
+        if (code == SB_OK) {
+            free_claims(r, SB_NIL, group_id);
+        }
+    }
+    sb_definition_unlock(r);
+    return code;
+}
