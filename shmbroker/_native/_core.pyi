@@ -37,17 +37,30 @@ def scan(
 def skim(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[int, int, int, str]:
     """As ``scan``, but only checks: (position behind, number of records, last epoch, why)."""
 
-def find_record(data: Any, position: int, segment_bytes: int, min_epoch: int, max_epoch: int) -> tuple[int, int, int] | None:
-    """First valid record at an aligned place in ``data``: (position, size, flushed as its writer knew it), or None."""
+def find_record(
+    data: Any, position: int, segment_bytes: int, min_epoch: int, max_epoch: int, flushed_above: int = -1
+) -> tuple[int, int, int] | None:
+    """First valid record at an aligned place in ``data``: (position, size, flushed as its writer knew it), or None.
+
+    With ``flushed_above`` >= 0 only a record whose writer knew more than that to be on the disk counts (R1).
+    """
+
+def group_floor(data: Any, position: int, segment_bytes: int, end: int) -> int:
+    """``end``, or the start of the atomic group that ``end`` cuts in two (R18).
+
+    ``data`` holds records checked before, from the start of one at ``position`` to ``end`` at least.
+    """
 
 def dispatch_scan(
-    data: Any, position: int, epoch: int, segment_bytes: int, max_records: int = 65536
+    data: Any, position: int, epoch: int, segment_bytes: int, max_records: int = 65536, keys: bool = True,
+    check_crc: bool = True,
 ) -> tuple[list[tuple[int, int, int, bytes]], list[int], int, int, str]:
     """Consume queue entries of a run of records, sorted by queue.
 
     Returns (runs, marked, position behind, last epoch, why). A run is (topic_id, queue_id, first queue offset,
     entries): entries are 16 bytes each, ``<QII``: position, size, tag hash; consecutive offsets. ``marked`` lists the
-    positions of records that the indexer or the recovery must look at itself (keys, dedup ids, system records).
+    positions of records that the indexer or the recovery must look at itself (keys, dedup ids, system records);
+    ``keys=False`` leaves out those that have only keys. Why: as for ``scan``.
     """
 
 class Record:

@@ -1,1 +1,514 @@
-# record.pxi: included by _core.pyx
+# record.pxi: the part of the binding that needs no shared memory: CRC, records, scans, clocks, names.
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+cdef extern from "codes.h" nogil:
+    enum:
+        SB_OK
+        SB_END
+        SB_AGAIN
+        SB_INVALID
+        SB_NOT_FOUND
+
+cdef extern from "layout.h" nogil:
+    enum:
+        SB_RECORD_HEADER
+        SB_RECORD_ALIGN
+        SB_GROUP_RECORDS_MAX
+        SB_LAYOUT_VERSION
+        SB_RECORD_VERSION
+        SB_KIND_MESSAGE
+        SB_KIND_FILLER
+        SB_KIND_LAST
+        SB_FLAG_GROUP
+
+    ctypedef struct sb_record:
+        uint32_t size
+        uint32_t crc
+        uint64_t position
+        uint32_t epoch
+        uint32_t unflushed
+        uint64_t queue_offset
+        uint64_t incarnation
+        uint64_t sequence
+        int64_t born_ns
+        uint32_t topic_id
+        uint16_t queue_id
+        uint8_t kind
+        uint8_t flags
+        uint32_t group_bytes
+        uint32_t tag_hash
+        uint16_t tags_bytes
+        uint16_t keys_bytes
+        uint16_t properties_bytes
+        uint8_t attempts
+        uint8_t reserved
+
+cdef extern from "record.h" nogil:
+    uint32_t sb_crc32c(uint32_t start, const void *data, size_t size)
+    uint32_t sb_crc32c_portable(uint32_t start, const void *data, size_t size)
+    const char *sb_crc32c_name()
+    uint64_t sb_padded(uint64_t size)
+    uint32_t sb_tag_hash(const uint8_t *tags, uint32_t bytes)
+    uint32_t sb_record_crc(const sb_record *header, uint32_t payload_crc)
+    int sb_record_check(const uint8_t *data, uint64_t room, uint64_t position, uint64_t segment_bytes,
+                        uint32_t min_epoch, uint32_t max_epoch, int check_crc)
+
+cdef extern from "scan.h" nogil:
+    ctypedef struct sb_walk:
+        const uint8_t *data
+        uint64_t length
+        uint64_t start
+        uint64_t segment_bytes
+        uint64_t position
+        uint32_t epoch
+        int check_crc
+
+    ctypedef struct sb_entry:
+        uint64_t position
+        uint32_t size
+        uint32_t tag_hash
+
+    ctypedef struct sb_run:
+        uint32_t topic_id
+        uint32_t queue_id
+        uint64_t first_offset
+        uint64_t next_offset
+        sb_entry *out
+
+    ctypedef struct sb_dispatch:
+        sb_entry *entry
+        uint32_t *run_of
+        uint64_t *marked
+        sb_run *run
+        uint32_t *slot
+        uint32_t slots
+        uint32_t max_records
+        int mark_keys
+        uint32_t entries
+        uint32_t marks
+        uint32_t runs
+
+    enum:
+        SB_RUNS_MAX
+
+    int sb_walk_next(sb_walk *walk, sb_record *record)
+    uint64_t sb_skim(sb_walk *walk, int *why)
+    int sb_find_record(const uint8_t *data, uint64_t length, uint64_t start, uint64_t segment_bytes,
+                       uint32_t min_epoch, uint32_t max_epoch, int64_t flushed_above, sb_record *record)
+    uint64_t sb_group_floor(const uint8_t *data, uint64_t length, uint64_t start, uint64_t segment_bytes,
+                            uint64_t end)
+    int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk)
+    void sb_dispatch_deal(sb_dispatch *d)
+
+cdef extern from "time.h" nogil:
+    ctypedef struct record_timespec "struct timespec":
+        long tv_sec
+        long tv_nsec
+    int record_clock_gettime "clock_gettime"(int clock, record_timespec *now)
+    enum:
+        RECORD_CLOCK_MONOTONIC "CLOCK_MONOTONIC"
+
+cdef extern from "sys/prctl.h" nogil:
+    int prctl(int option, ...)
+    enum:
+        PR_SET_NAME
+
+RECORD_HEADER_BYTES = SB_RECORD_HEADER
+RECORD_ALIGN_BYTES = SB_RECORD_ALIGN
+GROUP_RECORDS_MAX = SB_GROUP_RECORDS_MAX
+LAYOUT_VERSION = SB_LAYOUT_VERSION
+RECORD_VERSION = SB_RECORD_VERSION
+CRC_IMPLEMENTATION = sb_crc32c_name().decode()
+
+# Below this a call is over before another thread could take the GIL.
+
+cdef Py_ssize_t release_gil_bytes = 32 * 1024
+
+
+def crc32c(data, start=0):
+    cdef Py_buffer view
+    cdef uint32_t crc = start
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len < release_gil_bytes:
+            crc = sb_crc32c(crc, view.buf, <size_t>view.len)
+        else:
+            with nogil:
+                crc = sb_crc32c(crc, view.buf, <size_t>view.len)
+    finally:
+        PyBuffer_Release(&view)
+    return crc
+
+
+def crc32c_portable(data, start=0):
+    cdef Py_buffer view
+    cdef uint32_t crc = start
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        with nogil:
+            crc = sb_crc32c_portable(crc, view.buf, <size_t>view.len)
+    finally:
+        PyBuffer_Release(&view)
+    return crc
+
+
+def monotonic_ns():
+    cdef record_timespec now
+    record_clock_gettime(RECORD_CLOCK_MONOTONIC, &now)
+    return now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
+def start_ticks(pid):
+    try:
+        with open(f"/proc/{int(pid)}/stat", "rb", buffering=0) as stat:
+            line = stat.read(4096)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    # The name in parentheses may itself hold blanks and parentheses: the last one ends it. Field 3 follows.
+    return int(line[line.rindex(b")") + 2:].split()[19])
+
+
+def set_process_name(name):
+    encoded = name.encode()[:15]
+    if prctl(PR_SET_NAME, <const char *>encoded, 0, 0, 0) != 0:
+        raise OSError(errno, "prctl(PR_SET_NAME)")
+
+
+cdef class Record:
+    cdef sb_record header
+    cdef readonly bytes raw
+
+    @staticmethod
+    cdef Record of(const uint8_t *data):
+        """The caller has checked the record and its length."""
+        cdef Record record = Record.__new__(Record)
+        memcpy(&record.header, data, SB_RECORD_HEADER)
+        record.raw = PyBytes_FromStringAndSize(<const char *>data, <Py_ssize_t>sb_padded(record.header.size))
+        return record
+
+    def __init__(self):
+        raise TypeError("records come from scan() and decode_record()")
+
+    cdef bytes slice(self, uint32_t start, uint32_t size):
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.raw) + start, size)
+
+    @property
+    def position(self):
+        return self.header.position
+
+    @property
+    def size(self):
+        return self.header.size
+
+    @property
+    def padded(self):
+        return sb_padded(self.header.size)
+
+    @property
+    def crc(self):
+        return self.header.crc
+
+    @property
+    def epoch(self):
+        return self.header.epoch
+
+    @property
+    def flushed(self):
+        return self.header.position - self.header.unflushed
+
+    @property
+    def kind(self):
+        return self.header.kind
+
+    @property
+    def flags(self):
+        return self.header.flags
+
+    @property
+    def queue_offset(self):
+        return self.header.queue_offset
+
+    @property
+    def queue_id(self):
+        return self.header.queue_id
+
+    @property
+    def topic_id(self):
+        return self.header.topic_id
+
+    @property
+    def incarnation(self):
+        return self.header.incarnation
+
+    @property
+    def sequence(self):
+        return self.header.sequence
+
+    @property
+    def born_ns(self):
+        return self.header.born_ns
+
+    @property
+    def group_bytes(self):
+        return self.header.group_bytes
+
+    @property
+    def tag_hash(self):
+        return self.header.tag_hash
+
+    @property
+    def attempts(self):
+        return self.header.attempts
+
+    @property
+    def tags(self):
+        return self.slice(SB_RECORD_HEADER, self.header.tags_bytes).decode()
+
+    @property
+    def keys(self):
+        return self.slice(SB_RECORD_HEADER + self.header.tags_bytes, self.header.keys_bytes).decode()
+
+    @property
+    def properties(self):
+        cdef uint32_t at = SB_RECORD_HEADER + <uint32_t>self.header.tags_bytes + self.header.keys_bytes
+        return parse_properties(self.slice(at, self.header.properties_bytes))
+
+    @property
+    def body(self):
+        cdef uint32_t at = (
+            SB_RECORD_HEADER + <uint32_t>self.header.tags_bytes + self.header.keys_bytes + self.header.properties_bytes
+        )
+        return self.slice(at, self.header.size - at)
+
+    @property
+    def message_id(self):
+        return f"{self.header.incarnation:016x}{self.header.sequence:016x}"
+
+    def __repr__(self):
+        return (
+            f"Record(position={self.position}, size={self.size}, kind={self.kind}, epoch={self.epoch}, "
+            f"topic_id={self.topic_id}, queue_id={self.queue_id}, queue_offset={self.queue_offset})"
+        )
+
+
+cdef dict parse_properties(bytes encoded):
+    """RocketMQ's encoding: name 0x01 value 0x02, again and again; a pair without a 0x01 is left out, as there."""
+    cdef dict properties = {}
+    for pair in encoded.decode().split("\x02"):
+        name, separator, value = pair.partition("\x01")
+        if separator:
+            properties[name] = value
+    return properties
+
+
+cdef bytes format_properties(properties):
+    cdef list parts = []
+    for name, value in properties.items():
+        if "\x01" in name or "\x02" in name or "\x01" in value or "\x02" in value:
+            raise ValueError("the characters 0x01 and 0x02 separate properties: they cannot stand in one")
+        parts.append(f"{name}\x01{value}\x02")
+    return "".join(parts).encode()
+
+
+def encode_record(*, position, epoch, flushed, kind, bytes body, queue_offset=0, queue_id=0xFFFF, topic_id=0,
+                  incarnation=0, sequence=0, born_ns=0, flags=0, group_bytes=0, tags="", keys="", properties=None,
+                  attempts=0):
+    cdef bytes encoded_tags = tags.encode()
+    cdef bytes encoded_keys = keys.encode()
+    cdef bytes encoded_properties = format_properties(properties) if properties else b""
+    cdef bytes payload = encoded_tags + encoded_keys + encoded_properties + body
+    cdef sb_record header
+    cdef uint32_t payload_crc = 0
+    for part in (encoded_tags, encoded_keys, encoded_properties):
+        if len(part) > 0xFFFF:
+            raise ValueError(f"{len(part)} bytes of tags, keys or properties: at most 65535 fit their length field")
+    if position % SB_RECORD_ALIGN or not position - 0xFFFFFFFF <= flushed <= position:
+        raise ValueError(f"no record can stand at {position} with flushed = {flushed}")
+    if kind == SB_KIND_FILLER:
+        payload = bytes(len(payload))
+    else:
+        payload_crc = sb_crc32c(0, PyBytes_AS_STRING(payload), <size_t>len(payload))
+    header = sb_record(
+        size=SB_RECORD_HEADER + len(payload), crc=0, position=position, epoch=epoch, unflushed=position - flushed,
+        queue_offset=queue_offset, incarnation=incarnation, sequence=sequence, born_ns=born_ns, topic_id=topic_id,
+        queue_id=queue_id, kind=kind, flags=flags, group_bytes=group_bytes,
+        tag_hash=sb_tag_hash(<const uint8_t *>PyBytes_AS_STRING(encoded_tags), <uint32_t>len(encoded_tags)),
+        tags_bytes=len(encoded_tags), keys_bytes=len(encoded_keys), properties_bytes=len(encoded_properties),
+        attempts=attempts, reserved=0,
+    )
+    header.crc = sb_record_crc(&header, payload_crc)
+    padding = bytes(sb_padded(header.size) - header.size)
+    return PyBytes_FromStringAndSize(<const char *>&header, SB_RECORD_HEADER) + payload + padding
+
+
+def decode_record(data, position=None):
+    cdef Py_buffer view
+    cdef sb_record header
+    cdef uint64_t place
+    cdef uint64_t segment_bytes = <uint64_t>1 << 63
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len < SB_RECORD_HEADER:
+            raise ValueError(f"{view.len} bytes are no record: its header alone has {SB_RECORD_HEADER}")
+        memcpy(&header, view.buf, SB_RECORD_HEADER)
+        place = header.position if position is None else position
+        if header.position != place:
+            raise ValueError(f"the record at {place} names another position, {header.position}")
+        if header.size < SB_RECORD_HEADER or sb_padded(header.size) > <uint64_t>view.len:
+            raise ValueError(f"the record at {place} claims {header.size} bytes, {view.len} are here")
+        if header.kind == SB_KIND_FILLER:
+            segment_bytes = place + header.size  # it ends a segment: here of any size
+        if sb_record_check(<const uint8_t *>view.buf, <uint64_t>view.len, place, segment_bytes, header.epoch,
+                           header.epoch, 0) != SB_OK:
+            raise ValueError(f"the header of the record at {place} contradicts itself")
+        if sb_record_check(<const uint8_t *>view.buf, <uint64_t>view.len, place, segment_bytes, header.epoch,
+                           header.epoch, 1) != SB_OK:
+            raise ValueError(f"the record at {place} fails its CRC")
+        return Record.of(<const uint8_t *>view.buf)
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef sb_walk make_walk(Py_buffer *view, position, epoch, segment_bytes, bint check_crc) except *:
+    cdef sb_walk walk
+    if segment_bytes <= 0 or segment_bytes % SB_RECORD_ALIGN:
+        raise ValueError(f"segment_bytes = {segment_bytes} is no positive multiple of {SB_RECORD_ALIGN}")
+    walk.data = <const uint8_t *>view.buf
+    walk.length = <uint64_t>view.len
+    walk.start = position
+    walk.position = position
+    walk.segment_bytes = segment_bytes
+    walk.epoch = epoch
+    walk.check_crc = check_crc
+    return walk
+
+
+cdef str why_stopped(int code):
+    return "end" if code == SB_END else "invalid" if code == SB_INVALID else "limit"
+
+
+def scan(data, position, epoch, segment_bytes, max_records=65536, check_crc=True):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef sb_record record
+    cdef uint64_t before
+    cdef int code = SB_AGAIN
+    cdef Py_ssize_t room = max_records
+    cdef list records = []
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, epoch, segment_bytes, check_crc)
+        while room > 0:
+            code = sb_walk_next(&walk, &record)
+            if code != SB_OK:
+                break
+            before = walk.position - sb_padded(record.size)
+            records.append(Record.of(walk.data + (before - walk.start)))
+            room -= 1
+        return records, walk.position, why_stopped(code)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def skim(data, position, epoch, segment_bytes):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef int why
+    cdef uint64_t records
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, epoch, segment_bytes, True)
+        with nogil:
+            records = sb_skim(&walk, &why)
+        return walk.position, records, walk.epoch, why_stopped(why)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def find_record(data, position, segment_bytes, min_epoch, max_epoch, flushed_above=-1):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef sb_record record
+    cdef int64_t above = flushed_above
+    cdef uint32_t lowest = min_epoch
+    cdef uint32_t highest = max_epoch
+    cdef int code
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, min_epoch, segment_bytes, True)
+        with nogil:
+            code = sb_find_record(walk.data, walk.length, walk.start, walk.segment_bytes, lowest, highest, above,
+                                  &record)
+        return (record.position, record.size, record.position - record.unflushed) if code == SB_OK else None
+    finally:
+        PyBuffer_Release(&view)
+
+
+def group_floor(data, position, segment_bytes, end):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef uint64_t last = end
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, 0, segment_bytes, False)
+        with nogil:
+            last = sb_group_floor(walk.data, walk.length, walk.start, walk.segment_bytes, last)
+        return last
+    finally:
+        PyBuffer_Release(&view)
+
+
+def dispatch_scan(data, position, epoch, segment_bytes, max_records=65536, keys=True, check_crc=True):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef sb_dispatch d
+    cdef uint32_t runs_max
+    cdef int code
+    cdef char *memory = NULL
+    cdef bytes entries
+    cdef list runs = []
+    if max_records < 1:
+        raise ValueError("max_records must be positive")
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, epoch, segment_bytes, check_crc)
+        memset(&d, 0, sizeof(d))
+        d.mark_keys = keys
+        d.max_records = min(max_records, view.len // SB_RECORD_HEADER + 1)
+        runs_max = min(d.max_records, <uint32_t>SB_RUNS_MAX)
+        d.slots = 16
+        while d.slots < 2 * runs_max:
+            d.slots *= 2
+        memory = <char *>malloc(
+            <size_t>d.max_records * (sizeof(sb_entry) + sizeof(uint64_t) + sizeof(uint32_t))
+            + runs_max * sizeof(sb_run) + d.slots * sizeof(uint32_t)
+        )
+        if memory == NULL:
+            raise MemoryError()
+        # Widest alignment first.
+        d.entry = <sb_entry *>memory
+        d.marked = <uint64_t *>(d.entry + d.max_records)
+        d.run = <sb_run *>(d.marked + d.max_records)
+        d.run_of = <uint32_t *>(d.run + runs_max)
+        d.slot = d.run_of + d.max_records
+        with nogil:
+            memset(d.slot, 0, d.slots * sizeof(uint32_t))
+            code = sb_dispatch_collect(&d, &walk)
+        for i in range(d.runs):
+            entries = PyBytes_FromStringAndSize(
+                NULL, <Py_ssize_t>((d.run[i].next_offset - d.run[i].first_offset) * sizeof(sb_entry))
+            )
+            d.run[i].out = <sb_entry *>PyBytes_AS_STRING(entries)
+            runs.append((d.run[i].topic_id, d.run[i].queue_id, d.run[i].first_offset, entries))
+        sb_dispatch_deal(&d)
+        runs.sort()
+        return runs, [d.marked[i] for i in range(d.marks)], walk.position, walk.epoch, why_stopped(code)
+    finally:
+        free(memory)
+        PyBuffer_Release(&view)
