@@ -55,8 +55,9 @@ class Entry(NamedTuple):
 class ConsumeQueues:
     """All consume queues of one store. A writer and its readers are different objects; neither is thread-safe."""
 
-    def __init__(self, directory: Path, store_id: bytes, *, writable: bool = False,
-                 entries_per_file: int = ENTRIES_PER_FILE) -> None:
+    def __init__(
+        self, directory: Path, store_id: bytes, *, writable: bool = False, entries_per_file: int = ENTRIES_PER_FILE
+    ) -> None:
         self._directory = directory
         self._store_id = store_id
         self._writable = writable
@@ -160,7 +161,7 @@ class ConsumeQueues:
         """(first, end): the offsets for which the queue has files. (0, 0) for a queue without."""
         files = self._files(topic_id, queue_id)
         while files:
-            size = os.stat(self._path(topic_id, queue_id, files[-1])).st_size
+            size = self._path(topic_id, queue_id, files[-1]).stat().st_size
             if size > _HEADER_BYTES:
                 return files[0], files[-1] + (size - _HEADER_BYTES) // ENTRY_BYTES
             files.pop()
@@ -171,11 +172,12 @@ class ConsumeQueues:
         first, end = self.offsets(topic_id, queue_id)
         return self._search(topic_id, queue_id, first, end, position)
 
-    def find_time(self, topic_id: int, queue_id: int, time_ns: int, first: int, end: int,
-                  born_ns: Callable[[Entry], int]) -> int:
+    def find_time(
+        self, topic_id: int, queue_id: int, time_ns: int, first: int, end: int, born_ns: Callable[[Entry], int]
+    ) -> int:
         """The first offset in [first, end) whose message was born at or after ``time_ns``, else ``end``.
 
-        ``born_ns`` reads a record's header. Clocks of producers differ, so near ``time_ns`` this is as exact as they are.
+        ``born_ns`` reads a record's header. Producers' clocks differ: the answer is as exact as they are.
         """
         while first < end:
             middle = (first + end) // 2
@@ -230,7 +232,7 @@ class ConsumeQueues:
         return data[: len(data) // ENTRY_BYTES * ENTRY_BYTES]
 
     def _file(self, topic_id: int, queue_id: int, first: int, *, create: bool = False) -> int:
-        """Descriptor of the file whose first offset is ``first``; its header is checked or, with ``create``, written."""
+        """Descriptor of the file whose first offset is ``first``; its header is checked, or made."""
         key = topic_id, queue_id, first
         fd = self._open.get(key)
         if fd is not None:
@@ -316,7 +318,7 @@ def sync_paths(paths: set[Path]) -> None:
 
 def _numbers(directory: Path) -> list[int]:
     try:
-        return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
     except FileNotFoundError:
         return []
 

@@ -6,7 +6,7 @@ that retention drops what it deletes as one range at the front of each table, an
     keys     span 4 | topic 4 | digest of the key 16 | position 8            -> (nothing)
     dedup    span 4 | incarnation 8 | sequence 8 | position 8                -> (nothing)
     ids      span 4 | incarnation 8 | sequence // 1024  8                    -> lowest position 8
-    meta     "store" -> store id, "version" -> 1, "position" -> the log position that the tables have applied
+    meta     "store" -> store id and version, "position" -> the log position that the tables have applied
 
 ``position`` is written in the same transaction as the entries it stands for, and LMDB syncs the data of a transaction
 before the page that makes it the newest (``metasync=False`` only lets the last transactions go at a loss of power).
@@ -32,7 +32,7 @@ SPAN_BYTES: Final = 1 << 30
 SEQUENCES_PER_ENTRY: Final = 1024
 TABLES: Final = ("keys", "dedup", "ids")
 
-_VERSION: Final = b"1"
+_VERSION: Final = b"\x01"
 _MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
 _DROP_MAX: Final = 20_000  # entries deleted in one call: a bounded pass
 _U64: Final = struct.Struct(">Q")
@@ -47,7 +47,9 @@ _SPAN: Final = struct.Struct(">I")
 class KeyIndex:
     """The index of one store. One process writes; any number of others read, each with an object of its own."""
 
-    def __init__(self, directory: Path, store_id: bytes, *, writable: bool = False, span_bytes: int = SPAN_BYTES) -> None:
+    def __init__(
+        self, directory: Path, store_id: bytes, *, writable: bool = False, span_bytes: int = SPAN_BYTES
+    ) -> None:
         """Open the index; a writer makes it, and makes it anew if it is another store's or no index at all.
 
         A reader raises lmdb.Error if there is none.
@@ -154,7 +156,7 @@ class KeyIndex:
         """Positions of at most ``limit`` records of this topic that have this key, newest first."""
         digest = _digest(key)
         found: list[int] = []
-        with self._environment.begin() as transaction:
+        with self._begin() as transaction:
             cursor = transaction.cursor(self._tables["keys"])
             for span in self._spans(cursor):
                 if len(found) >= limit:
@@ -171,15 +173,18 @@ class KeyIndex:
         other between numbering and append; an end of None is the end of the log.
         """
         exact: list[int] = []
-        with self._environment.begin() as transaction:
+        with self._begin() as transaction:
             cursor = transaction.cursor(self._tables["dedup"])
             for span in self._spans(cursor):
                 exact.extend(_newest_with_prefix(cursor, _DEDUP_PREFIX.pack(span, incarnation, sequence), 64))
             cursor = transaction.cursor(self._tables["ids"])
             entry = sequence // SEQUENCES_PER_ENTRY
             spans = list(self._spans(cursor))
-            lowest = {number: self._lowest_of(cursor, spans, incarnation, number)
-                      for number in (entry - 1, entry, entry + 2) if number >= 0}
+            lowest = {
+                number: self._lowest_of(cursor, spans, incarnation, number)
+                for number in (entry - 1, entry, entry + 2)
+                if number >= 0
+            }
         starts = [lowest[number] for number in (entry - 1, entry) if lowest.get(number) is not None]
         if not starts:
             return exact, (0, 0)
@@ -187,7 +192,7 @@ class KeyIndex:
 
     def items(self, table: str, first: int, end: int) -> Iterator[tuple[bytes, bytes]]:
         """Entries of a table whose position lies in [first, end): what the rebuild tool compares."""
-        with self._environment.begin() as transaction:
+        with self._begin() as transaction:
             for key, value in transaction.cursor(self._tables[table]):
                 (position,) = _U64.unpack(value or key[-8:])
                 if first <= position < end:
@@ -199,8 +204,15 @@ class KeyIndex:
         if self._writable:
             self._directory.mkdir(mode=0o700, exist_ok=True)
         self._environment = lmdb.open(
-            str(self._directory), map_size=self._map_bytes if self._writable else 0, max_dbs=len(TABLES) + 1, mode=0o600,
-            readonly=not self._writable, metasync=False, readahead=False, max_readers=64, create=self._writable,
+            str(self._directory),
+            map_size=self._map_bytes if self._writable else 0,
+            max_dbs=len(TABLES) + 1,
+            mode=0o600,
+            readonly=not self._writable,
+            metasync=False,
+            readahead=False,
+            max_readers=64,
+            create=self._writable,
         )
         try:
             self._environment.reader_check()  # slots of killed readers
@@ -211,17 +223,23 @@ class KeyIndex:
             with self._environment.begin(write=self._writable) as transaction:
                 meta = self._tables["meta"]
                 if self._writable and transaction.get(b"store", db=meta) is None:
-                    for key, value in ((b"store", self._store_id), (b"version", _VERSION), (b"position", _U64.pack(0))):
-                        transaction.put(key, value, db=meta)
-                if transaction.get(b"store", db=meta) != self._store_id or transaction.get(b"version", db=meta) != _VERSION:
-                    raise _Foreign("it belongs to another store or version")
+                    transaction.put(b"store", self._store_id + _VERSION, db=meta)
+                    transaction.put(b"position", _U64.pack(0), db=meta)
                 position = transaction.get(b"position", db=meta)
-                if position is None or len(position) != _U64.size:
-                    raise _Foreign("it does not say how far it goes")
+                if transaction.get(b"store", db=meta) != self._store_id + _VERSION or position is None:
+                    raise _Foreign("it belongs to another store or version")
                 (self._position,) = _U64.unpack(position)
         except BaseException:
             self._environment.close()
             raise
+
+    def _begin(self) -> Any:
+        """A reading transaction; follows a writer in another process that has made the map larger."""
+        try:
+            return self._environment.begin()
+        except lmdb.MapResizedError:
+            self._environment.set_mapsize(0)
+            return self._environment.begin()
 
     def _forget_pending(self) -> None:
         for entries in self._entries.values():
@@ -229,7 +247,7 @@ class KeyIndex:
         self._lowest.clear()
 
     def _oldest(self, table: str) -> bytes:
-        with self._environment.begin() as transaction:
+        with self._begin() as transaction:
             cursor = transaction.cursor(self._tables[table])
             return bytes(cursor.key()[:4]) if cursor.first() else b"\xff\xff\xff\xff"
 
