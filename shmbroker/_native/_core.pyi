@@ -59,8 +59,8 @@ def dispatch_scan(
 
     Returns (runs, marked, position behind, last epoch, why). A run is (topic_id, queue_id, first queue offset,
     entries): entries are 16 bytes each, ``<QII``: position, size, tag hash; consecutive offsets. ``marked`` lists the
-    positions of records that the indexer or the recovery must look at itself (keys, dedup ids, system records);
-    ``keys=False`` leaves out those that have only keys. Why: as for ``scan``.
+    positions of records that somebody must look at one by one: system records and dedup ids; with ``keys`` also those
+    that the key index wants (keys, a producer's sequence 1 and every 1,024th). Why: as for ``scan``.
     """
 
 class Record:

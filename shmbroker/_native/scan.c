@@ -132,7 +132,8 @@ int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk) {
             d->run[run].next_offset++;
             d->run_of[d->entries] = run;
             d->entry[d->entries++] = (sb_entry){record.position, record.size, record.tag_hash};
-            if ((record.flags & SB_FLAG_DEDUP) == 0 && (record.keys_bytes == 0 || !d->mark_keys)) {
+            int indexed = record.keys_bytes != 0 || record.sequence == 1 || record.sequence % SB_ID_STRIDE == 0;
+            if ((record.flags & SB_FLAG_DEDUP) == 0 && !(indexed && d->mark_keys)) {
                 continue;
             }
         }

@@ -49,6 +49,7 @@ typedef struct {
 } sb_run;
 
 #define SB_RUNS_MAX 4096u
+#define SB_ID_STRIDE 1024u /* of a producer's messages one in so many is marked: the key index finds the others from it */
 
 /* Groups the messages of a walk by queue in two passes: collect, then (once the caller has made room) deal out. */
 typedef struct {
@@ -59,11 +60,12 @@ typedef struct {
     uint32_t *slot;   /* hash table of runs + 1; `slots` of them, a power of two >= 2 * SB_RUNS_MAX or max_records */
     uint32_t slots;
     uint32_t max_records;
-    int mark_keys; /* mark messages that have keys, too */
+    int mark_keys; /* mark what only the key index wants, too */
     uint32_t entries, marks, runs;
 } sb_dispatch;
 
-/* Marked are the records that somebody has to look at one by one: those with keys or a dedup id, and the system's.
+/* Marked are the records that somebody has to look at one by one: those with keys or a dedup id, the first of a producer
+ * and then each SB_ID_STRIDE'th, and the system's.
  * Answers why it stopped: SB_END | SB_INVALID | SB_AGAIN (a limit was reached: go on from walk->position). */
 int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk);
 void sb_dispatch_deal(sb_dispatch *d);

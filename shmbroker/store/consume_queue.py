@@ -137,16 +137,18 @@ class ConsumeQueues:
                 yield topic_id, queue_id
 
     def read(self, topic_id: int, queue_id: int, offset: int, count: int, limit: int) -> list[Entry]:
-        """At most ``count`` entries from ``offset`` on, those before position ``limit``; holes are left out.
+        """The next entries at or after ``offset``, at most ``count`` of them, those before position ``limit``.
+
+        Holes are passed over: what lies between ``offset`` and the first entry returned does not exist.
 
         The caller has loaded ``limit`` (``dispatched`` or less) before this call. Raises CorruptLog for entries that
         make no sense. An entry is still only a hint: the record that it names is checked when it is read.
         """
         found: list[Entry] = []
-        previous = -1
-        while count > 0 and (data := self._read(topic_id, queue_id, offset, count)):
+        previous, want = -1, count
+        while len(found) < count and (data := self._read(topic_id, queue_id, offset, want)):
             for position, size, tag_hash in ENTRY.iter_unpack(data):
-                if position >= limit:
+                if position >= limit or len(found) == count:
                     return found
                 if size:
                     if position <= previous or size < RECORD_HEADER_BYTES:
@@ -154,7 +156,7 @@ class ConsumeQueues:
                     found.append(Entry(offset, position, size, tag_hash))
                     previous = position
                 offset += 1
-                count -= 1
+            want = max(count - len(found), _SEARCH_ENTRIES)
         return found
 
     def offsets(self, topic_id: int, queue_id: int) -> tuple[int, int]:

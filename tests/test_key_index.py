@@ -1,0 +1,222 @@
+"""The key index: found again what was added, newest first, never more promised than the tables hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from shmbroker.store.key_index import SEQUENCES_PER_ENTRY, TABLES, KeyIndex
+
+STORE = b"s" * 16
+SPAN = 1000
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[KeyIndex]:
+    index = KeyIndex(tmp_path / "index", STORE, writable=True, span_bytes=SPAN)
+    yield index
+    index.close()
+
+
+def reopened(index: KeyIndex, tmp_path: Path) -> KeyIndex:
+    index.close()
+    return KeyIndex(tmp_path / "index", STORE, writable=True, span_bytes=SPAN)
+
+
+def test_records_are_found_by_key_newest_first(index: KeyIndex) -> None:
+    for position in range(0, 5000, 40):
+        index.add_keys(7, ["all", f"n{position}"], position)
+        index.add_keys(8, ["all"], position)
+    index.commit(5000)
+    assert index.by_key(7, "all", 10_000) == list(range(4960, -1, -40))
+    assert index.by_key(7, "all", 3) == [4960, 4920, 4880]
+    assert index.by_key(7, "n80", 3) == [80]
+    assert index.by_key(8, "n80", 3) == []
+    assert index.by_key(9, "all", 3) == []
+
+
+def test_keys_of_any_length_and_alphabet_are_found(index: KeyIndex) -> None:
+    keys = ["x" * 30_000, "schlüssel", "鍵", "\x00"]
+    for position, key in enumerate(keys):
+        index.add_keys(1, [key], position)
+    index.commit(10)
+    assert [index.by_key(1, key, 5) for key in keys] == [[0], [1], [2], [3]]
+
+
+def test_nothing_is_visible_before_its_commit(index: KeyIndex) -> None:
+    index.add_keys(1, ["k"], 5)
+    index.add_dedup(1, 2, 5)
+    index.add_id(1, 2, 5)
+    assert index.pending == 3
+    assert index.by_key(1, "k", 1) == []
+    assert index.position == 0
+    index.commit(6)
+    assert (index.pending, index.position, index.by_key(1, "k", 1)) == (0, 6, [5])
+
+
+def test_an_id_is_found_between_the_entries_around_it(index: KeyIndex) -> None:
+    stride = SEQUENCES_PER_ENTRY
+    for number in range(6):
+        index.add_id(0xABC, max(1, number * stride), 100 + 1000 * number)
+    index.commit(6000)
+    assert index.by_id(0xABC, 5) == ([], (100, 2100))
+    assert index.by_id(0xABC, 2 * stride + 7) == ([], (1100, 4100))
+    assert index.by_id(0xABC, 5 * stride) == ([], (4100, None))
+    assert index.by_id(0xABC, 6 * stride + 1) == ([], (5100, None))
+    assert index.by_id(0xABC, 9 * stride) == ([], (0, 0))
+    assert index.by_id(0xDEF, 5) == ([], (0, 0))
+
+
+def test_the_lowest_position_of_an_entry_stays(index: KeyIndex) -> None:
+    for position in (100, 300):
+        index.add_id(1, 1, position)
+    index.commit(400)
+    index.add_id(1, 2, 500)
+    index.commit(600)
+    assert index.by_id(1, 1) == ([], (100, None))
+
+
+def test_dedup_ids_are_found_exactly(index: KeyIndex) -> None:
+    index.add_dedup(1, 2, 40)
+    index.add_dedup(1, 2, 1900)
+    index.add_dedup(1, 3, 60)
+    index.commit(2000)
+    assert index.by_id(1, 2)[0] == [1900, 40]
+    assert index.by_id(1, 4)[0] == []
+
+
+def test_the_same_records_applied_again_change_nothing(index: KeyIndex) -> None:
+    def apply() -> list[list[tuple[bytes, bytes]]]:
+        for position in range(0, 3000, 50):
+            index.add_keys(1, ["a", "b"], position)
+            index.add_dedup(1, position, position)
+            index.add_id(1, position, position)
+        index.commit(3000)
+        return [list(index.items(table, 0, 1 << 60)) for table in TABLES]
+
+    once = apply()
+    assert [len(table) for table in once] == [120, 60, 5]
+    assert apply() == once
+
+
+def test_entries_of_deleted_segments_go_span_by_span(index: KeyIndex) -> None:
+    for position in range(0, 5000, 100):
+        index.add_keys(1, ["k"], position)
+        index.add_id(1, position * 1024, position)
+    index.commit(5000)
+    assert index.drop_before(3500) == 60
+    assert index.drop_before(3500) == 0
+    assert index.by_key(1, "k", 100) == list(range(4900, 2900, -100))
+
+
+def test_the_map_grows_when_it_is_full_and_readers_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmbroker.store.key_index._MAP_BYTES", 256 << 10)
+    writer = KeyIndex(tmp_path / "index", STORE, writable=True)
+    for position in range(20_000):
+        writer.add_keys(1, [f"k{position}"], position)
+    writer.commit(20_000)
+    with start(_READ_WHILE_IT_GROWS, tmp_path) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "open\n"
+        for position in range(20_000, 60_000):
+            writer.add_keys(1, [f"k{position}"], position)
+        writer.commit(60_000)
+        assert reader.wait(30) == 0
+    assert writer.by_key(1, "k59999", 1) == [59_999]
+    writer.close()
+
+
+def start(program: str, tmp_path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _PROGRAM + program, str(tmp_path / "index")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+_PROGRAM = """
+import sys
+from pathlib import Path
+from shmbroker.store.key_index import KeyIndex
+"""
+
+_READ_WHILE_IT_GROWS = """
+index = KeyIndex(Path(sys.argv[1]), b"s" * 16)
+assert index.by_key(1, "k7", 1) == [7]
+print("open", flush=True)
+while not index.by_key(1, "k59999", 1):
+    pass
+"""
+
+_WRITE_FOR_EVER = """
+index = KeyIndex(Path(sys.argv[1]), b"s" * 16, writable=True)
+position = index.position
+while True:
+    for _ in range(50):
+        index.add_keys(1, [f"k{position}"], position)
+        position += 1
+    index.commit(position)
+    print(position, flush=True)
+"""
+
+
+def test_a_reader_of_no_index_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(lmdb.Error):
+        KeyIndex(tmp_path / "index", STORE)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_of_another_store_is_built_anew(index: KeyIndex, tmp_path: Path) -> None:
+    index.add_keys(1, ["k"], 5)
+    index.commit(6)
+    index.close()
+    other = KeyIndex(tmp_path / "index", b"t" * 16, writable=True)
+    assert other.position == 0
+    assert other.by_key(1, "k", 1) == []
+    other.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"no index", bytes(8192)])
+def test_a_broken_index_is_built_anew(index: KeyIndex, tmp_path: Path, damage: bytes) -> None:
+    index.add_keys(1, ["k"], 5)
+    index.commit(6)
+    index.close()
+    (tmp_path / "index/data.mdb").write_bytes(damage)
+    again = KeyIndex(tmp_path / "index", STORE, writable=True)
+    assert again.position == 0
+    again.add_keys(1, ["k"], 5)
+    again.commit(6)
+    assert again.by_key(1, "k", 1) == [5]
+    again.close()
+
+
+def test_a_cut_of_the_log_moves_the_position_back(index: KeyIndex, tmp_path: Path) -> None:
+    index.add_keys(1, ["k"], 5)
+    index.commit(60)
+    index.cut(40)
+    assert index.position == 40
+    index.cut(50)
+    assert index.position == 40
+    again = reopened(index, tmp_path)
+    assert again.position == 40
+    again.close()
+
+
+@pytest.mark.crash
+def test_a_killed_writer_leaves_position_and_entries_together(tmp_path: Path) -> None:
+    """Kill it at changing moments: whatever position the index then has, all keys before it are there."""
+    position = 0
+    for commits in (1, 2, 5, 17):
+        with start(_WRITE_FOR_EVER, tmp_path) as writer:
+            assert writer.stdout is not None
+            for _ in range(commits):
+                told = int(writer.stdout.readline())
+            writer.kill()
+        index = KeyIndex(tmp_path / "index", STORE, writable=True)
+        assert index.position >= told > position
+        position = index.position
+        assert all(index.by_key(1, f"k{n}", 1) == [n] for n in range(position))
+        assert index.by_key(1, f"k{position}", 1) == []
+        index.close()
