@@ -1,0 +1,233 @@
+"""Records as Python sees them: names of kinds and flags, and the JSON bodies of the system's own records.
+
+The bytes are drawn in ``_native/layout.h`` and described in ``docs/format.md``; ``scan``, ``encode_record`` and
+``decode_record`` of the native core read and write them. Bodies come from a disk: every parser here refuses what it
+does not know with ValueError, and no value is used before its type and range are checked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import IntEnum, IntFlag
+from typing import Any, Final
+
+from shmbroker._native._core import (
+    GROUP_RECORDS_MAX,
+    RECORD_ALIGN_BYTES,
+    RECORD_HEADER_BYTES,
+    RECORD_VERSION,
+    Record,
+    decode_record,
+    encode_record,
+)
+
+__all__ = [
+    "GROUP_RECORDS_MAX",
+    "NO_QUEUE",
+    "RECORD_ALIGN_BYTES",
+    "RECORD_HEADER_BYTES",
+    "RECORD_VERSION",
+    "EpochBody",
+    "GroupBody",
+    "Record",
+    "RecordFlag",
+    "RecordKind",
+    "SnapshotBody",
+    "TopicBody",
+    "decode_record",
+    "encode_record",
+    "next_position",
+    "padded",
+]
+
+NO_QUEUE: Final = 0xFFFF
+_U16: Final = 0xFFFF
+_U32: Final = 0xFFFF_FFFF
+_POSITION: Final = 2**63 - 1
+
+
+class RecordKind(IntEnum):
+    """``sb_kind`` of layout.h."""
+
+    MESSAGE = 1
+    FILLER = 2
+    EPOCH = 3
+    TOPIC = 4
+    GROUP = 5
+    PROGRESS = 6
+    SNAPSHOT_BEGIN = 7
+    SNAPSHOT_END = 8
+
+
+class RecordFlag(IntFlag):
+    """``SB_FLAG_*`` of layout.h."""
+
+    GROUP = 0x01
+    DEDUP = 0x02
+    GROUP_LAST = 0x04
+    WAIT_STORE_NOT_OK = 0x08
+
+
+def padded(size: int) -> int:
+    """Bytes from the start of a record of ``size`` bytes to where the next may begin."""
+    return -(-size // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES
+
+
+def next_position(position: int, size: int, segment_bytes: int) -> int:
+    """Where the record after the one at ``position`` begins: short segment ends are stepped over."""
+    after = position + padded(size)
+    left = segment_bytes - after % segment_bytes
+    return after + left if left < RECORD_HEADER_BYTES else after
+
+
+# Bodies: one flat JSON object each, keys sorted, no blanks, so that equal contents are equal bytes.
+
+
+@dataclass(frozen=True, slots=True)
+class EpochBody:
+    """A new epoch: it begins at ``start``, the record's own position when the epoch was made (R2)."""
+
+    epoch: int
+    start: int
+    previous: int
+    reason: str
+
+    def encode(self) -> bytes:
+        """The body of an EPOCH record."""
+        return _encode(asdict(self))
+
+    @staticmethod
+    def parse(body: bytes) -> EpochBody:
+        """Check and read an EPOCH record's body; ValueError."""
+        fields = _decode(body)
+        parsed = EpochBody(
+            _integer(fields, "epoch", 1, _U32),
+            _integer(fields, "start", 0, _POSITION),
+            _integer(fields, "previous", 0, _U32),
+            _text(fields, "reason"),
+        )
+        if parsed.previous >= parsed.epoch:
+            raise ValueError(f"epoch {parsed.epoch} cannot follow epoch {parsed.previous}")
+        return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class TopicBody:
+    """A topic as it now is, or (``deleted``) no longer is.
+
+    In a snapshot it also holds, per queue number, the next offset and the first that the log still has; the record
+    that defines a topic leaves both lists empty.
+    """
+
+    name: str
+    topic_id: int
+    queues: int = 0
+    permission: int = 6
+    next_offsets: tuple[int, ...] = ()
+    first_offsets: tuple[int, ...] = ()
+    deleted: bool = False
+
+    def encode(self) -> bytes:
+        """The body of a TOPIC record."""
+        fields: dict[str, Any] = {"op": "delete", "name": self.name, "topic_id": self.topic_id}
+        if not self.deleted:
+            fields |= {"op": "define", "queues": self.queues, "permission": self.permission}
+        if self.next_offsets:
+            fields |= {"next_offsets": self.next_offsets, "first_offsets": self.first_offsets}
+        return _encode(fields)
+
+    @staticmethod
+    def parse(body: bytes) -> TopicBody:
+        """Check and read a TOPIC record's body; ValueError."""
+        fields = _decode(body)
+        name, topic_id = _text(fields, "name"), _integer(fields, "topic_id", 0, _U32)
+        if _deletes(fields):
+            return TopicBody(name, topic_id, deleted=True)
+        queues = _integer(fields, "queues", 0, _U16)
+        next_offsets, first_offsets = _integers(fields, "next_offsets"), _integers(fields, "first_offsets")
+        if next_offsets and len(next_offsets) != queues:
+            raise ValueError(f"{len(next_offsets)} next offsets for {queues} queues")
+        if len(first_offsets) != len(next_offsets) or any(map(int.__gt__, first_offsets, next_offsets)):
+            raise ValueError("every queue's first offset must be at or before its next")
+        return TopicBody(name, topic_id, queues, _integer(fields, "permission", 0, 7), next_offsets, first_offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBody:
+    """A consumer group as it now is, or (``deleted``) no longer is."""
+
+    name: str
+    group_id: int
+    deleted: bool = False
+
+    def encode(self) -> bytes:
+        """The body of a GROUP record."""
+        operation = "delete" if self.deleted else "define"
+        return _encode({"op": operation, "name": self.name, "group_id": self.group_id})
+
+    @staticmethod
+    def parse(body: bytes) -> GroupBody:
+        """Check and read a GROUP record's body; ValueError."""
+        fields = _decode(body)
+        return GroupBody(_text(fields, "name"), _integer(fields, "group_id", 0, _U32), _deletes(fields))
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotBody:
+    """Frame of a snapshot: the same body stands in its BEGIN and in its END record.
+
+    ``snapshot`` tells snapshots of one epoch apart, so that the end of one never closes the torn begin of another.
+    """
+
+    snapshot: int
+    epoch: int
+
+    def encode(self) -> bytes:
+        """The body of a SNAPSHOT_BEGIN or SNAPSHOT_END record."""
+        return _encode(asdict(self))
+
+    @staticmethod
+    def parse(body: bytes) -> SnapshotBody:
+        """Check and read the body of either record; ValueError."""
+        fields = _decode(body)
+        return SnapshotBody(_integer(fields, "snapshot", 0, _POSITION), _integer(fields, "epoch", 1, _U32))
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    fields = json.loads(body)  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    if not isinstance(fields, dict):
+        raise ValueError("a JSON object is wanted")  # noqa: TRY004 - one class for all that a disk can get wrong
+    return fields
+
+
+def _integer(fields: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} = {value!r}: an integer from {low} to {high} is wanted")
+    return value
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str) or len(value) > 1024:
+        raise ValueError(f"{name} = {value!r}: a short string is wanted")
+    return value
+
+
+def _deletes(fields: dict[str, Any]) -> bool:
+    operation = fields.get("op")
+    if operation not in ("define", "delete"):
+        raise ValueError(f"op = {operation!r}: define or delete is wanted")
+    return bool(operation == "delete")
+
+
+def _integers(fields: dict[str, Any], name: str) -> tuple[int, ...]:
+    values = fields.get(name, [])
+    if not isinstance(values, list) or any(type(value) is not int or not 0 <= value <= _POSITION for value in values):
+        raise ValueError(f"{name}: a list of offsets is wanted")
+    return tuple(values)
