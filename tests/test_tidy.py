@@ -1,0 +1,117 @@
+"""What we promise about the code and its documents, checked where it can be checked by reading them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = ("shmbroker", "workers", "tools", "tests")
+LINES_MAX = 700
+LINES_TO_EXPLAIN = 400
+
+# Files over 400 lines, each with the reason why it is not two.
+LONG_FILES: dict[str, str] = {
+    "tools/bench_floors.c": "one program of independent parts, so that no build stands before a benchmark",
+}
+
+# (what, where it is banned, what to use instead)
+BANNED: list[tuple[str, tuple[str, ...], str]] = [
+    (r"\btime\.sleep\(", ("tests",), "wait for a condition with a deadline: support/waiting.py"),
+    (r"\btime\.time\(", CODE, "time.monotonic() for deadlines, time.time_ns() for what is written down"),
+    (r"^\s*except\s*:", CODE, "name the exceptions that you expect"),
+    (r"\bexcept BaseException\b", ("shmbroker", "workers"), "name the exceptions that you expect"),
+    (
+        r"multiprocessing[. ](import )?shared_memory",
+        CODE,
+        "posix_ipc: its resource tracker unlinks the memory of others",
+    ),
+    (r"\bos\.system\(|shell=True", CODE, "subprocess with a list"),
+    (r"\bunittest\.mock\b|\bmonkeypatch\.setattr\(", ("tests",), "the real thing, or a failpoint"),
+    (r"\bprint\(", ("shmbroker",), "logging; a library does not print"),
+    (r"\bassert_called|\bpytest\.skip\(\)", ("tests",), "a test that can fail, a skip that says why"),
+    (r"\bTODO\b|\bFIXME\b|\bXXX\b|\bHACK\b", CODE, "do it, or write it into the documents as a limit"),
+    (
+        r"\bsem_timedwait\b|\bpthread_mutex_timedlock\b",
+        ("shmbroker",),
+        "the clockwait forms: a step of the wall clock changes nothing",
+    ),
+    (r"\bstrcpy\(|\bsprintf\(|\bstrcat\(", ("shmbroker",), "the forms that know the size"),
+]
+
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home/\w+|work|Users/\w+)/|\.pyenv")
+
+
+def files(*suffixes: str, under: tuple[str, ...] = CODE) -> list[Path]:
+    found = [path for top in under for path in sorted((ROOT / top).rglob("*")) if path.suffix in suffixes]
+    return [path for path in found if "build" not in path.parts and path.name != "_core.c"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def documents() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("config/*.md"))]
+
+
+SOURCES = files(".py", ".pyi", ".pyx", ".pxi", ".pxd", ".c", ".h", ".sh")
+
+
+def test_no_file_is_longer_than_a_reader_can_hold() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: n for name, n in lengths.items() if n > LINES_MAX} == {}
+    unexplained = {name: n for name, n in lengths.items() if n > LINES_TO_EXPLAIN and name not in LONG_FILES}
+    assert unexplained == {}, "split it, or give the reason in LONG_FILES"
+    assert {name for name in LONG_FILES if lengths.get(name, 0) <= LINES_TO_EXPLAIN} == set(), "no longer long"
+
+
+@pytest.mark.parametrize(("pattern", "where", "instead"), BANNED, ids=[row[0] for row in BANNED])
+def test_banned_calls_stay_out(pattern: str, where: tuple[str, ...], instead: str) -> None:
+    expression = re.compile(pattern)
+    hits = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in SOURCES
+        if name_of(path).startswith(where) and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if expression.search(line)
+    ]
+    assert hits == [], f"use {instead}"
+
+
+def test_no_path_of_somebodys_machine_is_in_the_repository() -> None:
+    others = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run", *documents()]
+    hits = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in [*SOURCES, *others]
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert hits == []
+
+
+def test_documents_name_only_files_that_exist() -> None:
+    """A path in `code` style that starts at the top of the repository, or a relative link, must exist."""
+    missing = []
+    for document in documents():
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+        names = re.findall(r"`((?:shmbroker|workers|tools|tests|config|docs|\.ci)/[\w./-]*)`", text)
+        missing += [f"{name_of(document)}: {name}" for name in names if not (ROOT / name).exists()]
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+        missing += [f"{name_of(document)}: {link}" for link in links if not (document.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_build_group_is_what_the_build_system_requires() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["dependency-groups"]["build"] == project["build-system"]["requires"]
+
+
+def test_every_make_target_in_the_documents_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {name for document in documents() for name in re.findall(r"\bmake ([a-z][a-z-]+)`", document.read_text())}
+    assert named - targets == set()
