@@ -29,6 +29,9 @@ GIB: Final = 1024 * MIB
 FILE_NAME: Final = "broker.toml"
 ENVIRONMENT_PREFIX: Final = "SHMBROKER_"
 PAGE_BYTES: Final = 4096
+SMALLEST_RECORD_BYTES: Final = 88  # header, one byte of body, padding
+BLOCK_ENTRIES: Final = 128  # SB_BLOCK_ENTRIES
+RESERVE_SHARE: Final = 8  # that part of the ring is kept for the broker's own records (R16)
 _NUMBER: Final = re.compile(r"(\d+)\s*([A-Za-z]*)", re.ASCII)
 _SIZE_UNITS: Final = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -69,12 +72,12 @@ class LayoutConfig:
     max_queues: int = _key(1024, "queues of all topics together", 1, 65_535)
     max_groups: int = _key(128, "consumer groups", 1, 65_535)
     max_clients: int = _key(256, "processes attached at one time", 1, 4_094)
-    max_waiters: int = _key(256, "threads asleep at one time: in a durable send or an empty receive", 1, 512)
+    max_waiters: int = _key(256, "threads asleep at one time: in a durable send or an empty receive", 2, 512)
     claim_tables: int = _key(384, "pairs of a group and a queue that it consumes", 1, 65_535)
     claim_window: int = _key(
         1024, "messages of one queue claimed and unacknowledged at one time, per group", 64, 65_536, power_of_two=True
     )
-    overflow_claims: int = _key(4096, "unacknowledged claims older than their window, all groups together", 1, 1 << 24)
+    overflow_claims: int = _key(4096, "unacknowledged claims older than their window, all groups together", 1, 1 << 20)
     id_window: int = _key(
         16_384, "message ids and dedup keys remembered against a second copy", 64, 1 << 24, power_of_two=True
     )
@@ -192,6 +195,25 @@ class Config:
         if self.runtime.broker_role == "SYNC_MASTER":
             return "replicate"
         return "flush" if self.sync_flush else "append"
+
+    def native_limits(self) -> dict[str, int]:
+        """Sizes of the tables in shared memory, by the names that layout.h gives them."""
+        layout = self.layout
+        return {
+            "clients": layout.max_clients,
+            "waiters": layout.max_waiters,
+            "topics": layout.max_topics,
+            "queues": layout.max_queues,
+            "groups": layout.max_groups,
+            "claim_tables": layout.claim_tables,
+            "claim_window": layout.claim_window,
+            "overflow_claims": layout.overflow_claims,
+            "ids": layout.id_window,
+            # The queues' index covers a ring full of the smallest records, and each queue keeps a block begun (R7).
+            "blocks": layout.ring_bytes // SMALLEST_RECORD_BYTES // BLOCK_ENTRIES + layout.max_queues + 1,
+            "reserve_bytes": layout.ring_bytes // RESERVE_SHARE,
+            "max_message_bytes": layout.max_message_bytes,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Every key and its value: what stands in the descriptor of a running broker."""
@@ -319,12 +341,13 @@ def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
 
 
 def _acceptable(value: Any, kind: type, rule: Rule) -> bool:
-    if type(value) is not kind:  # exactly: True is no integer here
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # True is no integer here
         return False
-    if kind is str:
+    if rule.choices:
         return value in rule.choices
     if kind is bool:
         return True
-    if not rule.low <= value <= rule.high:
+    number = cast(int, value)
+    if not rule.low <= number <= rule.high:
         return False
-    return kind is float or not (value % rule.multiple_of or (rule.power_of_two and value & (value - 1)))
+    return kind is float or not (number % rule.multiple_of or (rule.power_of_two and number & (number - 1)))

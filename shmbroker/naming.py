@@ -43,7 +43,7 @@ def _check(kind: str, name: object, length_max: int) -> None:
 
 def check_topic(name: str) -> str:
     """Return ``name`` if it may name a topic, retry and dead-letter topics included; else raise NameIllegal."""
-    prefixed = isinstance(name, str) and name.startswith((RETRY_PREFIX, DEAD_LETTER_PREFIX))
+    prefixed = str(name).startswith((RETRY_PREFIX, DEAD_LETTER_PREFIX))
     _check("topic", name, PREFIXED_TOPIC_LENGTH_MAX if prefixed else TOPIC_LENGTH_MAX)
     return name
 

@@ -1,0 +1,147 @@
+"""Processes: who is one, does it live, which lock does it hold.
+
+A pid alone names nobody, because pids come round again: a process is known by boot id, pid namespace, pid and start
+ticks, and a living one is watched through a pidfd, which can never come to mean another process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import struct
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from shmbroker._native import _core
+
+_FLOCK: Final = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+_LOCK_POLL_SECONDS: Final = 0.05
+
+
+class Identity(NamedTuple):
+    """A process of this boot and this pid namespace."""
+
+    pid: int
+    start_ticks: int
+
+
+def own_identity() -> Identity:
+    return Identity(os.getpid(), _core.start_ticks(os.getpid()))
+
+
+def boot_id() -> bytes:
+    """16 bytes that differ from boot to boot: memory of another boot is gone, and so are its processes."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
+
+
+def namespaces() -> tuple[int, int]:
+    """Inode numbers of this process's pid and ipc namespaces. Across them neither a pid nor a robust lock is sound."""
+    return Path("/proc/self/ns/pid").stat().st_ino, Path("/proc/self/ns/ipc").stat().st_ino
+
+
+def open_pidfd(pid: int, start_ticks: int) -> int | None:
+    """A pidfd of exactly that process, or None if it has gone. Start ticks are read after the pidfd is held."""
+    if pid <= 0:
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (ProcessLookupError, OSError) as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return None
+        raise
+    if _core.start_ticks(pid) != start_ticks or has_ended(pidfd):
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def has_ended(pidfd: int) -> bool:
+    """True once the process is dead, a zombie included: its memory, locks and files are released by then."""
+    return wait_ended(pidfd, 0.0)
+
+
+def wait_ended(pidfd: int, timeout: float) -> bool:
+    """Wait at most ``timeout`` seconds for the process to die; True if it has."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def is_alive(identity: Identity) -> bool:
+    pidfd = open_pidfd(*identity)
+    if pidfd is None:
+        return False
+    os.close(pidfd)
+    return True
+
+
+class FileLock:
+    """An fcntl lock on a private file: the kernel gives it back when its holder dies, and a forked child has none.
+
+    The file is opened once and its name never opened again in this process: closing any other descriptor of it would
+    drop the lock. It is never unlinked: a second file of that name would be a second lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def acquire(self, timeout: float = 0.0) -> bool:
+        """Take the lock, waiting at most ``timeout`` seconds for its holder to release it or to die."""
+        deadline = time.monotonic() + timeout
+        while not self._try():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return False
+            # A living holder may also release without dying, hence the short slices.
+            self._wait_for_holder(min(remaining, _LOCK_POLL_SECONDS))
+        return True
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _wait_for_holder(self, timeout: float) -> None:
+        pid = _lock_holder(self._fd)
+        try:
+            pidfd = os.pidfd_open(pid) if pid > 0 else None
+        except OSError:
+            pidfd = None
+        if pidfd is None:  # gone just now, or of another pid namespace
+            time.sleep(min(timeout, 0.005))
+            return
+        wait_ended(pidfd, timeout)
+        os.close(pidfd)
+
+    def close(self) -> None:
+        """Release the lock, if held."""
+        os.close(self._fd)
+
+
+def lock_holder(path: Path) -> int:
+    """Pid of the process that holds the fcntl lock on ``path``; 0: nobody; -1: one of another pid namespace.
+
+    Not for the process that may hold it: closing the descriptor used here would release its lock.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return 0
+    try:
+        return _lock_holder(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock_holder(fd: int) -> int:
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    if kind == fcntl.F_UNLCK:
+        return 0
+    return int(pid) if pid > 0 else -1

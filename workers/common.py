@@ -1,0 +1,192 @@
+"""What every worker does alike: parse, lock its role, attach, watch the supervisor, log, leave with a named exit code.
+
+A worker module is ``main(argv) -> int`` around a loop:
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return common.run("flusher", serve, argv)
+
+    def serve(worker: common.Worker) -> None:
+        while not worker.stopping:
+            ...
+            worker.sleep(SLEEP_TICK, seen, timeout)
+
+``serve`` leaves soon after ``worker.stopping`` turns true: on SIGTERM or SIGINT, or when the supervisor has died
+(``worker.orphaned``). The signal handler and the watching thread post the worker's own semaphore, so a sleep in the
+native core ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from shmbroker import failpoint, memory, process
+from shmbroker._native._core import Region, set_process_name
+from shmbroker.config import Config
+from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
+from shmbroker.naming import BrokerPaths
+
+# Exit codes, from sysexits.h. The supervisor restarts a worker whatever it says; a person reads them.
+EXIT_OK: Final = os.EX_OK
+EXIT_USAGE: Final = os.EX_USAGE  # bad arguments
+EXIT_NO_BROKER: Final = os.EX_UNAVAILABLE  # no running broker in that directory
+EXIT_BUG: Final = os.EX_SOFTWARE  # an exception nobody expected; the log has its traceback
+EXIT_STORE: Final = os.EX_IOERR  # the store, the memory or the log needs an operator
+EXIT_ROLE_TAKEN: Final = os.EX_TEMPFAIL  # another process works in that role or serves that directory
+EXIT_CONFIG: Final = os.EX_CONFIG  # a setting is wrong
+
+SLEEP_IDLE: Final = 1  # any append ends the sleep
+SLEEP_TICK: Final = 2  # only urgent work ends it
+
+ROLE_LOCK_TIMEOUT: Final = 10.0  # an orphan of a killed supervisor flushes and leaves first
+ATTACH_TIMEOUT: Final = 10.0
+_LOG_FORMAT: Final = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(message)s"
+
+
+class Worker:
+    """A worker process at work. ``region`` and ``config`` are those of the running broker."""
+
+    def __init__(self, role: str, paths: BrokerPaths, region: Region, config: Config) -> None:
+        self.role = role
+        self.paths = paths
+        self.region = region
+        self.config = config
+        self.log = logging.getLogger(f"shmbroker.{role}")
+        self.orphaned = False
+        self._stop_requested = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop_requested
+
+    @property
+    def draining(self) -> bool:
+        """True during a clean stop of the broker: nobody appends any more, and what is written now is final."""
+        return self.region.get("state") == memory.STATE_DRAINING
+
+    def sleep(self, mode: int, seen_position: int, timeout: float) -> bool:
+        """Sleep until there is work, at most ``timeout`` seconds; True if something was posted or ``tail`` moved."""
+        if self._stop_requested:
+            return False
+        return self.region.worker_sleep(self.role, mode, seen_position, int(timeout * 1e9))
+
+    def request_stop(self) -> None:
+        """Make ``stopping`` true and end the sleep. Safe in a signal handler and from any thread."""
+        self._stop_requested = True
+        self.region.worker_wake(self.role)
+
+
+def run(role: str, serve: Callable[[Worker], None], argv: Sequence[str] | None = None) -> int:
+    """Work as ``role`` for the broker of a directory until told to leave. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog=f"shmbroker worker {role}", description=f"the {role} of a running broker")
+    parser.add_argument("directory", type=Path, help="the broker's directory")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as leaving:  # argparse has said why
+        return EXIT_OK if leaving.code == 0 else EXIT_USAGE
+    paths = BrokerPaths(arguments.directory.resolve())
+    set_process_name(f"shmb-{role}")
+    if not paths.run.is_dir():
+        print(f"{role}: no broker runs in {paths.directory}", file=sys.stderr)
+        return EXIT_NO_BROKER
+    start_log(role, paths)
+    return guarded(role, lambda: _work(role, serve, paths))
+
+
+def guarded(role: str, work: Callable[[], int]) -> int:
+    """Run ``work``; an exception becomes a line of the log and the exit code that says who has to act."""
+    try:
+        return work()
+    except Exception as error:
+        failure = error
+    traceback = None if isinstance(failure, ShmBrokerError) else failure
+    logging.getLogger(f"shmbroker.{role}").error("%s: %s", type(failure).__name__, failure, exc_info=traceback)
+    return exit_code(failure)
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code that says who has to act."""
+    match error:
+        case ConfigError():
+            return EXIT_CONFIG
+        case NotReady():
+            return EXIT_NO_BROKER
+        case ShmBrokerError():
+            return EXIT_STORE
+        case _:
+            return EXIT_BUG
+
+
+def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int:
+    failpoint.arm_from_environment(role)
+    lock = process.FileLock(paths.role_lock(role))
+    if not lock.acquire(ROLE_LOCK_TIMEOUT):
+        logging.getLogger(f"shmbroker.{role}").error("another process is the %s of this broker", role)
+        return EXIT_ROLE_TAKEN
+    region, config, supervisor = attach(paths, ATTACH_TIMEOUT)
+    logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
+    worker = Worker(role, paths, region, config)
+    region.worker_register(role)
+    leave_on_signals(worker.request_stop)
+    threading.Thread(target=_watch, args=(worker, supervisor), name="watch-supervisor", daemon=True).start()
+    worker.log.info("started")
+    serve(worker)
+    worker.log.info("left, %s", "the supervisor has died" if worker.orphaned else "as told")
+    return EXIT_OK
+
+
+def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Config, int]:
+    """Memory, settings and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = memory.attach(paths)
+        if found is not None:
+            region, descriptor = found
+            supervisor = process.open_pidfd(region.get("supervisor_pid"), region.get("supervisor_start_ticks"))
+            if supervisor is not None:
+                return region, Config.of(descriptor.settings), supervisor
+            region.close()
+        if time.monotonic() > deadline:
+            raise NotReady(f"no broker runs in {paths.directory}")
+        time.sleep(0.01)  # started by hand before the supervisor: there is nothing yet that could be waited on
+
+
+def leave_on_signals(request_stop: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT ask to leave; SIGHUP of a closing terminal is ignored."""
+
+    def handle(_signum: int, _frame: FrameType | None) -> None:
+        request_stop()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _watch(worker: Worker, supervisor: int) -> None:
+    """Orphans leave: who outlived its supervisor would stand in the way of the next one's worker."""
+    poll = select.poll()
+    poll.register(supervisor, select.POLLIN)
+    poll.poll()
+    worker.orphaned = True
+    worker.request_stop()
+
+
+def start_log(role: str, paths: BrokerPaths) -> None:
+    """Log to run/<role>.log, appending, mode 0600."""
+    fd = os.open(paths.worker_log(role), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    handler = logging.StreamHandler(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace"))
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger("shmbroker")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
