@@ -5,6 +5,7 @@ One extension module, one file per object: see the includes.
 """
 
 include "record.pxi"
+include "native.pxi"
 include "region.pxi"
 include "message.pxi"
 include "producer.pxi"

@@ -217,6 +217,17 @@ static int find_duplicate(const sb_region *r, uint32_t client, sb_item *item, ui
     return SB_DUPLICATE;
 }
 
+int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position)
+{
+    sb_id *oldest;
+    sb_id *id = find_id(r, incarnation, sequence, &oldest);
+    id = id ? id : oldest;
+    sb_store(&id->position, position);
+    sb_store(&id->incarnation, incarnation);
+    sb_store(&id->sequence, sequence);
+    return SB_OK;
+}
+
 static int remember_id(sb_region *r, const sb_item *item)
 {
     sb_id *oldest;

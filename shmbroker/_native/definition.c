@@ -7,7 +7,7 @@
 
 #include "record.h"
 
-#define EFFECTS_MAX (SB_QUEUES_PER_TOPIC_MAX + 8u)
+#define EFFECTS_MAX (2 * SB_QUEUES_PER_TOPIC_MAX + 8u) /* link and state of each queue, and the topic's own */
 #define BODY_BYTES 1024
 
 /* Effects are collected, then either appended with a record or (recovery) stored. */

@@ -88,6 +88,17 @@ int sb_semaphore_wait(sem_t *semaphore, int64_t deadline_ns)
     return errno == EINTR ? SB_INTERRUPTED : SB_TIMEOUT;
 }
 
+int sb_fork_generation;
+static void forked(void) { sb_fork_generation++; }
+
+void sb_fork_watch(void)
+{
+    static int watching;
+    if (!watching) {
+        watching = pthread_atfork(NULL, NULL, forked) == 0;
+    }
+}
+
 uint64_t sb_start_ticks(uint32_t pid)
 {
     char path[32];

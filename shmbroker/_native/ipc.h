@@ -22,6 +22,10 @@ uint32_t sb_mutex_holder(const pthread_mutex_t *mutex); /* thread id, 0 if free;
 /* Wait on a semaphore in shared memory: SB_OK | SB_TIMEOUT | SB_INTERRUPTED. deadline 0: only try. */
 int sb_semaphore_wait(sem_t *semaphore, int64_t deadline_ns);
 
+/* Counts the forks that this process is the child of: handles compare it, since getpid() is a system call (R25). */
+extern int sb_fork_generation;
+void sb_fork_watch(void); /* once per process */
+
 uint64_t sb_start_ticks(uint32_t pid); /* /proc/PID/stat field 22; 0 none */
 
 #endif

@@ -1,1 +1,705 @@
-# region.pxi: included by _core.pyx
+# region.pxi: Region, the mapped memory of a broker, as workers, the janitor and the command line see it.
+
+from cpython.buffer cimport PyBUF_WRITABLE
+from cpython.exc cimport PyErr_CheckSignals
+
+import os as _os
+
+from shmbroker import errors as _errors
+
+sb_fork_watch()
+
+FINGERPRINT = sb_fingerprint()
+
+cdef int64_t SLICE_NS = 100_000_000  # no native wait is longer before signals are looked at
+cdef int64_t DEFINE_TIMEOUT_NS = 3_000_000_000
+
+cdef dict ROLES = {
+    "supervisor": 0, "flusher": 1, "dispatcher": 2, "janitor": 3, "replicator": 4, "scheduler": 5, "checker": 6,
+}
+cdef dict LIMIT_NAMES = {  # setting -> how the tables are called in sb_limits
+    "max_clients": "clients", "max_waiters": "waiters", "max_topics": "topics", "max_queues": "queues",
+    "max_groups": "groups", "claim_tables": "claim_tables", "claim_window": "claim_window",
+    "overflow_claims": "overflow_claims", "id_window": "ids", "max_message_bytes": "max_message_bytes",
+}
+cdef uint32_t SMALLEST_RECORD_BYTES = 88  # header and one byte of body
+cdef uint32_t RESERVE_SHARE = 16  # of the ring stays free for the broker's own records (R16)
+
+
+cdef object code_error(sb_region *r, int code, str doing):
+    """The exception for a native code. The message names cause and remedy."""
+    if code == SB_NO_SPACE:
+        return _errors.BrokerBusy(
+            f"{doing}: the ring stayed full: the disk does not keep up with what is sent, or the flusher is stopped "
+            "(`shmbroker status` shows which). Nothing was stored; send again later, or raise ring_bytes")
+    if code == SB_NO_INDEX:
+        return _errors.BrokerBusy(
+            f"{doing}: the queue index stayed full: the dispatcher does not keep up or is stopped. Nothing was stored")
+    if code == SB_TIMEOUT or code == SB_LOCKED:
+        holder = sb_mutex_holder(&r.control.locks.append)
+        return _errors.BrokerBusy(
+            f"{doing}: the append lock stayed taken, by process {holder} (if it is stopped: kill -CONT or kill -9 it). "
+            "Nothing was stored", holder_pid=holder)
+    if code == SB_NO_CAPACITY:
+        if sb_load(&sb_marks(r).store_state) != SB_STORE_FULL:
+            return _errors.BrokerBusy(f"{doing}: no segment stood ready in time. Nothing was stored; send again later")
+        return _errors.StoreFull(
+            f"{doing}: the disk is full. Nothing was stored; free space or let consumers work, sending resumes by itself")
+    if code == SB_READ_ONLY:
+        number = <int>sb_load(&sb_marks(r).store_errno)
+        return _errors.StoreReadOnly(
+            f"{doing}: the store is read-only since a write failed with {_os.strerror(number)} (errno {number}). "
+            "Mend the disk, then restart the broker: what was not synced is written again from memory")
+    if code == SB_NOT_RUNNING:
+        return _errors.BrokerClosed(f"{doing}: the broker is stopping or has stopped")
+    if code == SB_FENCED:
+        return _errors.BrokerFenced(f"{doing}: another directory was promoted; whether this was stored is unknown")
+    if code == SB_TOO_LARGE:
+        limit = min(r.ring_bytes, r.segment_bytes) // 4
+        return _errors.MessageTooLarge(
+            f"{doing}: one atomic group may hold {SB_GROUP_RECORDS_MAX} records and {limit} bytes "
+            "(a quarter of ring or segment)")
+    if code == SB_TABLE_FULL:
+        return _errors.LimitReached(f"{doing}: a table of the broker's memory is full; see max_* and claim_tables in broker.toml")
+    if code == SB_EXISTS:
+        return _errors.ConfigConflict(f"{doing}: the name is taken by another id")
+    if code == SB_INVALID:
+        return _errors.BadRequest(f"{doing}: value out of range")
+    return _errors.LayoutMismatch(f"{doing}: the broker's memory makes no sense (code {code}); restart the broker")
+
+
+cdef int check_signals() except -1:
+    return PyErr_CheckSignals()
+
+
+cdef class _RingBuffer:
+    """Read-only buffer over the ring mapped twice; keeps the region mapped."""
+    cdef Region region
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+    def __cinit__(self, Region region):
+        self.region = region
+        self.shape[0] = <Py_ssize_t>(2 * region.r.ring_bytes)
+        self.strides[0] = 1
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("the ring is written by append alone")
+        buffer.buf = self.region.r.ring
+        buffer.format = "B"
+        buffer.internal = NULL
+        buffer.itemsize = 1
+        buffer.len = self.shape[0]
+        buffer.ndim = 1
+        buffer.obj = self
+        buffer.readonly = 1
+        buffer.shape = self.shape
+        buffer.strides = self.strides
+        buffer.suboffsets = NULL
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        pass
+
+
+cdef sb_word *mark(sb_region *r, str name) except NULL:
+    cdef sb_watermarks *m = sb_marks(r)
+    if name == "tail":
+        return &m.tail
+    if name == "flushed":
+        return &m.flushed
+    if name == "dispatched":
+        return &m.dispatched
+    if name == "write_limit":
+        return &m.write_limit
+    if name == "replicated":
+        return &m.replicated
+    if name == "user_capacity":
+        return &m.user_capacity
+    if name == "system_capacity":
+        return &m.system_capacity
+    if name == "indexed":
+        return &m.indexed
+    if name == "kept":
+        return &m.kept
+    if name == "snapshot":
+        return &m.snapshot
+    if name == "state":
+        return &m.state
+    if name == "store_state":
+        return &m.store_state
+    if name == "store_errno":
+        return &m.store_errno
+    if name == "fenced":
+        return &m.fenced
+    if name == "epoch":
+        return &m.epoch
+    if name == "sync_flush":
+        return &m.sync_flush
+    if name == "visible_after":
+        return &m.visible_after
+    if name == "topic_generation":
+        return &m.topic_generation
+    if name == "supervisor_pid":
+        return &m.supervisor_pid
+    if name == "supervisor_start_ticks":
+        return &m.supervisor_start_ticks
+    if name == "embedded":
+        return &m.embedded
+    if name == "next_topic_id":
+        return &m.next_topic_id
+    if name == "next_group_id":
+        return &m.next_group_id
+    if name == "lock_takeovers":
+        return &m.lock_takeovers
+    raise KeyError(name)
+
+
+cdef sb_limits make_limits(object limits, uint64_t ring_bytes) except *:
+    cdef sb_limits l
+    memset(&l, 0, sizeof(l))
+    known = {LIMIT_NAMES[name]: int(limits[name]) for name in LIMIT_NAMES}
+    l.clients = known["clients"]
+    l.waiters = known["waiters"]
+    l.topics = known["topics"]
+    l.queues = known["queues"]
+    l.groups = known["groups"]
+    l.claim_tables = known["claim_tables"]
+    l.claim_window = known["claim_window"]
+    l.overflow_claims = known["overflow_claims"]
+    l.ids = known["ids"]
+    l.max_message_bytes = known["max_message_bytes"]
+    # a full ring of the smallest records, and one block a queue that is never full (R7)
+    l.blocks = <uint32_t>(ring_bytes // SMALLEST_RECORD_BYTES // SB_BLOCK_ENTRIES) + l.queues + 8
+    l.reserve_bytes = <uint32_t>(ring_bytes // RESERVE_SHARE)
+    if sb_control_size(&l) == 0:
+        raise _errors.ConfigError(f"a limit is out of range: {dict(limits)}")
+    return l
+
+
+cdef dict header_dict(const sb_header *h):
+    return {
+        "magic": h.magic, "layout_version": h.layout_version, "record_version": h.record_version,
+        "fingerprint": h.fingerprint, "control_bytes": h.control_bytes, "ring_bytes": h.ring_bytes,
+        "segment_bytes": h.segment_bytes, "tail_at": h.tail_at, "flushed_at": h.flushed_at, "undo_at": h.undo_at,
+        "lock_at": h.lock_at, "directory": (h.directory_device, h.directory_inode),
+        "namespaces": (h.pid_namespace, h.ipc_namespace), "instance": PyBytes_FromStringAndSize(<const char *>h.instance, 16),
+        "boot_id": PyBytes_FromStringAndSize(<const char *>h.boot_id, 16), "ring_name": h.ring_name.decode("ascii", "replace"),
+        "owner_uid": h.owner_uid,
+    }
+
+
+cdef class Region:
+    """The two mapped shared-memory objects of a broker. See _core.pyi for units."""
+    cdef sb_region r
+    cdef readonly bint closed
+    cdef object __weakref__
+
+    def __dealloc__(self):
+        sb_region_unmap(&self.r)
+
+    def close(self):
+        """No more calls through this object. The mapping goes when the last view of it goes."""
+        self.closed = True
+
+    cdef sb_region *open(self) except NULL:
+        if self.closed or self.r.base == NULL:
+            raise _errors.BrokerClosed("the broker's memory was closed in this process")
+        return &self.r
+
+    @staticmethod
+    def sizes(limits, uint64_t ring_bytes):
+        cdef sb_limits l = make_limits(limits, ring_bytes)
+        return sb_control_size(&l), ring_bytes
+
+    @staticmethod
+    def create(int control_fd, int ring_fd, limits, uint64_t ring_bytes, uint64_t segment_bytes, *, uint64_t tail,
+               uint32_t epoch, bytes instance, bytes boot_id, directory, namespaces, str ring_name):
+        cdef Region region = Region.__new__(Region)
+        cdef sb_header h
+        cdef sb_limits l = make_limits(limits, ring_bytes)
+        cdef bytes name = ring_name.encode()
+        if len(instance) != 16 or len(boot_id) != 16 or len(name) >= sizeof(h.ring_name):
+            raise ValueError("instance and boot_id are 16 bytes, ring_name at most 63")
+        memset(&h, 0, sizeof(h))
+        h.segment_bytes = segment_bytes
+        h.directory_device, h.directory_inode = directory
+        h.pid_namespace, h.ipc_namespace = namespaces
+        h.owner_uid = _os.geteuid()
+        memcpy(h.instance, <const char *>instance, 16)
+        memcpy(h.boot_id, <const char *>boot_id, 16)
+        memcpy(h.ring_name, <const char *>name, len(name))
+        if sb_region_map(&region.r, control_fd, ring_fd, 1) != SB_OK:
+            raise _errors.LayoutMismatch("cannot map the broker's memory: wrong sizes")
+        if region.r.ring_bytes != ring_bytes or sb_region_format(&region.r, &h, &l, tail, epoch) != SB_OK:
+            raise _errors.LayoutMismatch("the memory objects do not have the sizes that these limits need")
+        return region
+
+    @staticmethod
+    def attach(int control_fd, int ring_fd):
+        cdef Region region = Region.__new__(Region)
+        header = Region.read_header(control_fd)
+        if header["magic"] != SB_MAGIC or header["layout_version"] != SB_LAYOUT_VERSION or header["fingerprint"] != FINGERPRINT:
+            raise _errors.LayoutMismatch(
+                f"the broker's memory has layout {header['layout_version']}, fingerprint {header['fingerprint']:016x}; "
+                f"this build of shmbroker has layout {SB_LAYOUT_VERSION}, fingerprint {FINGERPRINT:016x}. "
+                "Stop all processes of the broker and start them with one version")
+        if sb_region_map(&region.r, control_fd, ring_fd, 0) != SB_OK:
+            raise _errors.LayoutMismatch("the broker's memory does not pass its checks: sizes, limits or watermarks make no sense")
+        return region
+
+    @staticmethod
+    def read_header(int control_fd):
+        cdef sb_header h
+        data = _os.pread(control_fd, sizeof(h), 0)
+        if len(data) != sizeof(h):
+            raise _errors.LayoutMismatch(f"the control segment has {len(data)} bytes: too short for a header")
+        memcpy(&h, <const char *>data, sizeof(h))
+        header = header_dict(&h)
+        for name in ("tail", "flushed"):
+            header[name] = int.from_bytes(_os.pread(control_fd, 8, header[name + "_at"] & 0x7fffffffffff), "little")
+        return header
+
+    @property
+    def ring_bytes(self):
+        return self.r.ring_bytes
+
+    @property
+    def segment_bytes(self):
+        return self.r.segment_bytes
+
+    @property
+    def max_message_bytes(self):
+        return self.r.limits.max_message_bytes
+
+    @property
+    def header(self):
+        return header_dict(&self.open().control.header)
+
+    @property
+    def limits(self):
+        cdef sb_limits *l = &self.open().limits
+        return {
+            "max_clients": l.clients, "max_waiters": l.waiters, "max_topics": l.topics, "max_queues": l.queues,
+            "max_groups": l.groups, "claim_tables": l.claim_tables, "claim_window": l.claim_window,
+            "overflow_claims": l.overflow_claims, "id_window": l.ids, "max_message_bytes": l.max_message_bytes,
+            "blocks": l.blocks, "reserve_bytes": l.reserve_bytes,
+        }
+
+    def get(self, str word):
+        return sb_load(mark(self.open(), word))
+
+    def set(self, str word, uint64_t value):
+        cdef sb_region *r = self.open()
+        sb_store(mark(r, word), value)
+        if word == "dispatched":
+            sb_wake_position(r, SB_WAIT_DISPATCH, value)
+        elif word == "replicated":
+            sb_wake_position(r, SB_WAIT_REPLICATE, value)
+        elif word == "state" or word == "fenced":
+            sb_wake_everybody(r)
+
+    def raise_to(self, str word, uint64_t value):
+        cdef sb_word *w = mark(self.open(), word)
+        sb_raise(w, value)
+        return sb_load(w)
+
+    def ring_view(self):
+        self.open()
+        return memoryview(_RingBuffer(self))
+
+    def read_raw(self, uint64_t position):
+        cdef sb_region *r = self.open()
+        cdef uint32_t size = 4096
+        cdef bytes buffer
+        cdef int code = SB_NO_SPACE
+        while code == SB_NO_SPACE:
+            buffer = PyBytes_FromStringAndSize(NULL, size)
+            code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(buffer), <uint64_t>len(buffer), &size)
+        return buffer[:size] + bytes(-size % SB_RECORD_ALIGN) if code == SB_OK else None
+
+    # -- workers
+
+    def worker_register(self, str role):
+        """This process is the worker of that role now; wait slots of its predecessor are freed."""
+        cdef sb_region *r = self.open()
+        cdef uint32_t index = ROLES[role]
+        cdef sb_worker *w = sb_worker_at(r, index)
+        sb_waiter_reap(r, r.limits.clients + index)
+        sb_store(&w.pid, _os.getpid())
+        sb_store(&w.start_ticks, sb_start_ticks(_os.getpid()))
+        sb_add(&w.starts, 1)
+        sb_store(&w.beat_ns, sb_now_ns())
+
+    def worker_sleep(self, str role, uint32_t mode, uint64_t seen_position, int64_t timeout_ns):
+        cdef sb_region *r = self.open()
+        cdef uint32_t index = ROLES[role]
+        cdef int64_t deadline = sb_now_ns() + timeout_ns
+        cdef int code
+        with nogil:
+            code = sb_worker_sleep(r, index, mode, seen_position, deadline)
+        if code == SB_INTERRUPTED:
+            check_signals()
+        return code == SB_OK
+
+    def worker_wake(self, str role):
+        return sb_worker_post(self.open(), ROLES[role], 1)
+
+    def worker_beat(self, str role):
+        sb_store(&sb_worker_at(self.open(), ROLES[role]).beat_ns, sb_now_ns())
+
+    def workers(self):
+        cdef sb_region *r = self.open()
+        cdef sb_worker *w
+        result = []
+        for role, index in ROLES.items():
+            w = sb_worker_at(r, index)
+            if sb_load(&w.starts):
+                result.append({
+                    "role": role, "pid": sb_load(&w.pid), "start_ticks": sb_load(&w.start_ticks), "starts": sb_load(&w.starts),
+                    "beat_ns": sb_load(&w.beat_ns), "asleep": bool(w.waiting),
+                })
+        return result
+
+    def publish_flushed(self, uint64_t position):
+        return sb_publish_flushed(self.open(), position)
+
+    def publish_store_state(self, uint64_t state, uint64_t error):
+        cdef sb_region *r = self.open()
+        sb_store(&sb_marks(r).store_errno, error)
+        sb_store(&sb_marks(r).store_state, state)
+        sb_wake_everybody(r)
+
+    def append_system(self, uint8_t kind, bodies, *, uint16_t queue_id=SB_NO_QUEUE, uint32_t topic_id=0, int64_t timeout_ns=0):
+        cdef sb_region *r = self.open()
+        cdef uint32_t count = <uint32_t>len(bodies), waiter = SB_NIL, i
+        cdef sb_item *items
+        cdef uint64_t end = 0, start
+        cdef int64_t deadline = sb_now_ns() + timeout_ns
+        cdef int code = SB_INTERRUPTED
+        cdef bytes body
+        cdef list held = [bytes(b) for b in bodies]
+        if not held:
+            raise ValueError("an append has at least one record")
+        items = <sb_item *>malloc(count * sizeof(sb_item))
+        if items == NULL:
+            raise MemoryError
+        try:
+            memset(items, 0, count * sizeof(sb_item))
+            for i in range(count):
+                body = held[i]
+                items[i].body = <const uint8_t *>PyBytes_AS_STRING(body)
+                items[i].body_bytes = <uint32_t>len(body)
+                items[i].payload_crc = sb_crc32c(0, items[i].body, items[i].body_bytes)
+                items[i].born_ns = sb_realtime_ns()
+                items[i].queue_slot = SB_NIL
+                items[i].queue_id = queue_id
+                items[i].topic_id = topic_id
+                items[i].kind = kind
+            while code == SB_INTERRUPTED:
+                check_signals()
+                with nogil:
+                    code = sb_append_wait(r, SB_NIL, items, count, NULL, 0, SB_APPEND_SYSTEM, deadline, &end, &waiter)
+            if code != SB_OK:
+                raise code_error(r, code, "appending a system record")
+            sb_append_wake(r, items, count)
+            start = items[0].position
+            return start, end
+        finally:
+            if waiter != SB_NIL:
+                sb_waiter_give(r, waiter)
+            free(items)
+
+    # -- definitions
+
+    def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None, bint record=True):
+        cdef sb_region *r = self.open()
+        cdef bytes encoded = name.encode()
+        cdef const char *c_name = encoded
+        cdef uint32_t slot = 0
+        cdef int code = SB_NO_SPACE
+        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS
+        cdef uint64_t needed = 0
+        while code in (SB_NO_SPACE, SB_NO_INDEX) and sb_now_ns() < deadline:
+            with nogil:
+                code = sb_topic_define(r, c_name, queues, permission, topic_id, record, deadline, &slot, &needed)
+            if code == SB_NO_SPACE or code == SB_NO_INDEX:
+                self.wait_for("flushed" if code == SB_NO_SPACE else "dispatched", needed, deadline - sb_now_ns())
+        if code == SB_TABLE_FULL:
+            raise _errors.LimitReached(
+                f"topic {name!r} with {queues} queues does not fit: the broker has room for max_topics = {r.limits.topics} "
+                f"topics and max_queues = {r.limits.queues} queues in all")
+        if code != SB_OK:
+            raise code_error(r, code, f"defining topic {name!r} with {queues} queues")
+        for queue_id, next_offset in enumerate(next_offsets or ()):
+            self.restore_queue(sb_topic_at(r, slot).topic_id, queue_id, next_offset, 0)
+        return sb_topic_at(r, slot).topic_id
+
+    def delete_topic(self, str name, bint record=True):
+        cdef sb_region *r = self.open()
+        cdef bytes encoded = name.encode()
+        cdef uint64_t needed = 0
+        cdef int code = sb_topic_delete(r, encoded, record, sb_now_ns() + DEFINE_TIMEOUT_NS, &needed)
+        if code == SB_NOT_FOUND:
+            raise _errors.TopicNotExist(f"topic {name!r} does not exist")
+        if code != SB_OK:
+            raise code_error(r, code, f"deleting topic {name!r}")
+
+    def define_group(self, str name, uint32_t group_id=0, bint record=True):
+        cdef sb_region *r = self.open()
+        cdef bytes encoded = name.encode()
+        cdef const char *c_name = encoded
+        cdef uint32_t slot = 0
+        cdef int code = SB_NO_SPACE
+        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS
+        cdef uint64_t needed = 0
+        while code == SB_NO_SPACE and sb_now_ns() < deadline:
+            with nogil:
+                code = sb_group_define(r, c_name, group_id, record, deadline, &slot, &needed)
+            if code == SB_NO_SPACE:
+                self.wait_for("flushed", needed, deadline - sb_now_ns())
+        if code == SB_TABLE_FULL:
+            raise _errors.LimitReached(f"group {name!r} does not fit: the broker has room for max_groups = {r.limits.groups}")
+        if code != SB_OK:
+            raise code_error(r, code, f"defining group {name!r}")
+        return sb_group_at(r, slot).group_id
+
+    def delete_group(self, str name, bint record=True):
+        cdef sb_region *r = self.open()
+        cdef bytes encoded = name.encode()
+        cdef uint64_t needed = 0
+        cdef int code = sb_group_delete(r, encoded, record, sb_now_ns() + DEFINE_TIMEOUT_NS, &needed)
+        if code == SB_NOT_FOUND:
+            raise _errors.GroupNotExist(f"group {name!r} does not exist")
+        if code != SB_OK:
+            raise code_error(r, code, f"deleting group {name!r}")
+
+    def wait_for(self, str word, uint64_t target, int64_t timeout_ns):
+        """Wait until ``flushed``, ``replicated`` or ``dispatched`` has reached ``target``: True, or False at the deadline."""
+        cdef sb_region *r = self.open()
+        cdef uint32_t kind = {"flushed": SB_WAIT_FLUSH, "replicated": SB_WAIT_REPLICATE, "dispatched": SB_WAIT_DISPATCH}[word]
+        cdef uint32_t waiter = SB_NIL
+        cdef int64_t deadline = sb_now_ns() + timeout_ns
+        cdef int code = sb_waiter_take(r, r.limits.clients + SB_ROLES_MAX, &waiter)
+        if code != SB_OK:
+            raise code_error(r, code, "waiting")
+        try:
+            code = SB_INTERRUPTED
+            while code == SB_INTERRUPTED:
+                check_signals()
+                with nogil:
+                    code = sb_wait_position(r, waiter, kind, target, deadline)
+        finally:
+            sb_waiter_give(r, waiter)
+        if code == SB_OK or code == SB_TIMEOUT:
+            return code == SB_OK
+        raise code_error(r, code, f"waiting for {word}")
+
+    def topics(self):
+        cdef sb_region *r = self.open()
+        cdef uint32_t i, n, q
+        cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
+        cdef sb_topic *t
+        cdef sb_queue *queue
+        result = []
+        for i in range(r.limits.topics):
+            t = sb_topic_at(r, i)
+            if sb_load(&t.state) != SB_SLOT_LIVE:
+                continue
+            n = sb_topic_queues(r, i, slots, SB_QUEUES_PER_TOPIC_MAX)
+            queues = []
+            for q in range(n):
+                queue = sb_queue_at(r, slots[q])
+                queues.append({
+                    "queue_id": q, "slot": slots[q], "next_offset": sb_load(&queue.next_offset),
+                    "first_offset": sb_load(&queue.first_offset), "index_first": sb_load(&queue.index_first),
+                    "bytes": sb_load(&queue.bytes),
+                })
+            result.append({
+                "name": t.name.decode("ascii", "replace"), "topic_id": t.topic_id, "permission": sb_load(&t.permission),
+                "slot": i, "queues": queues,
+            })
+        return result
+
+    def groups(self):
+        cdef sb_region *r = self.open()
+        cdef uint32_t i
+        cdef sb_group *g
+        result = []
+        for i in range(r.limits.groups):
+            g = sb_group_at(r, i)
+            if sb_load(&g.state) == SB_SLOT_LIVE:
+                result.append({
+                    "name": g.name.decode("ascii", "replace"), "group_id": g.group_id, "slot": i,
+                    "subscription": g.subscription.decode("utf-8", "replace"),
+                })
+        return result
+
+    cdef sb_queue *queue_of(self, uint32_t topic_id, uint32_t queue_id) except NULL:
+        cdef sb_region *r = self.open()
+        cdef uint32_t slot = 0, n
+        cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
+        if sb_topic_by_id(r, topic_id, &slot) != SB_OK:
+            raise _errors.TopicNotExist(f"there is no topic with id {topic_id}")
+        n = sb_topic_queues(r, slot, slots, SB_QUEUES_PER_TOPIC_MAX)
+        if queue_id >= n:
+            raise _errors.QueueNotExist(f"topic id {topic_id} has {n} queues, not number {queue_id}")
+        return sb_queue_at(r, slots[queue_id])
+
+    def restore_queue(self, uint32_t topic_id, uint32_t queue_id, uint64_t next_offset, uint64_t first_offset):
+        cdef sb_queue *q = self.queue_of(topic_id, queue_id)
+        sb_raise(&q.next_offset, next_offset)
+        sb_raise(&q.index_first, next_offset)  # nothing of it is in the ring: readers use the consume queue
+        sb_raise(&q.first_offset, first_offset)
+
+    def set_first_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t first_offset):
+        sb_raise(&self.queue_of(topic_id, queue_id).first_offset, first_offset)
+
+    def remember_id(self, uint64_t incarnation, uint64_t sequence, uint64_t position):
+        cdef int code = sb_remember_id(self.open(), incarnation, sequence, position)
+        if code != SB_OK:
+            raise code_error(&self.r, code, "remembering an id")
+
+    # -- janitor
+
+    def clients(self):
+        cdef sb_region *r = self.open()
+        cdef uint32_t i
+        cdef uint64_t word
+        cdef sb_client *c
+        result = []
+        for i in range(r.limits.clients):
+            c = sb_client_at(r, i)
+            word = sb_load(&c.state)
+            if sb_client_state_of(word) == SB_CLIENT_FREE:
+                continue
+            result.append({
+                "slot": i, "generation": sb_client_generation_of(word), "pid": sb_client_pid_of(word),
+                "live": sb_client_state_of(word) == SB_CLIENT_LIVE, "start_ticks": sb_load(&c.start_ticks),
+                "name": c.name.decode("utf-8", "replace"), "sends": sb_load(&c.sends), "receives": sb_load(&c.receives),
+                "acks": sb_load(&c.acks), "attached_ns": sb_load(&c.attached_ns), "incarnation": sb_load(&c.incarnation),
+            })
+        return result
+
+    def reap(self, uint32_t slot, uint32_t generation):
+        cdef uint32_t released = 0
+        cdef sb_region *r = self.open()
+        with nogil:
+            sb_client_reap(r, slot, generation, &released)
+        return released
+
+    def janitor_pass(self, int64_t now_ns):
+        cdef uint32_t expired = 0, next_ms = 0
+        cdef sb_region *r = self.open()
+        with nogil:
+            sb_janitor_pass(r, now_ns, &expired, &next_ms)
+        return expired, (-1 if next_ms == SB_NIL else <int64_t>next_ms * 1_000_000)
+
+    def lock_holder(self):
+        return sb_mutex_holder(&self.open().control.locks.append)
+
+    def waiters(self):
+        cdef sb_region *r = self.open()
+        cdef uint32_t i
+        cdef sb_waiter *w
+        kinds = {1: "flush", 2: "replicate", 3: "space", 4: "message", 5: "dispatch"}
+        states = {1: "idle", 2: "waiting", 3: "posted"}
+        result = []
+        for i in range(r.limits.waiters):
+            w = sb_waiter_at(r, i)
+            if <uint32_t>w.state & 0xff:
+                result.append({
+                    "slot": i, "client": (<uint32_t>w.state >> 8) - 1, "state": states.get(<uint32_t>w.state & 0xff, "?"),
+                    "kind": kinds.get(w.kind, "?"), "target": sb_load(&w.target),
+                })
+        return result
+
+
+cdef class Client:
+    """This process attached to a region: one slot, one incarnation of ids. Not usable after a fork."""
+    cdef readonly Region region
+    cdef readonly uint32_t slot
+    cdef readonly uint32_t generation
+    cdef readonly uint64_t incarnation
+    cdef uint64_t sequence
+    cdef int fork_generation
+    cdef readonly bint closed
+    cdef list waiters  # wait slots of this process that no thread uses at the moment
+
+    def __init__(self, Region region not None, str name):
+        cdef sb_region *r = region.open()
+        cdef uint32_t pid = _os.getpid()
+        cdef bytes encoded = name.encode()[:47]
+        cdef int code
+        self.closed = True
+        self.region = region
+        self.incarnation = int.from_bytes(_os.urandom(8), "little") or 1
+        self.waiters = []
+        self.fork_generation = sb_fork_generation
+        code = sb_client_join(r, pid, sb_start_ticks(pid), self.incarnation, encoded, &self.slot, &self.generation)
+        if code == SB_TABLE_FULL:
+            raise _errors.LimitReached(f"the broker has room for max_clients = {r.limits.clients} attached processes")
+        self.closed = False
+
+    def close(self):
+        """Leave the broker: claims not acked go back to their groups."""
+        cdef uint32_t released = 0
+        cdef sb_region *r = &self.region.r
+        if not self.closed and self.fork_generation == sb_fork_generation and not self.region.closed:
+            self.closed = True
+            with nogil:
+                sb_client_reap(r, self.slot, self.generation, &released)
+        self.closed = True
+
+    cdef sb_region *check(self) except NULL:
+        if self.fork_generation != sb_fork_generation:
+            raise _errors.ForkedHandleError(
+                "this handle was made before a fork; in the child, ask the Broker for a new producer or consumer")
+        if self.closed:
+            raise _errors.BrokerClosed("this handle was closed")
+        return self.region.open()
+
+    cdef uint32_t take_waiter(self) except? 0xffffffff:
+        cdef uint32_t slot = SB_NIL
+        if self.waiters:
+            return <uint32_t>self.waiters.pop()
+        if sb_waiter_take(&self.region.r, self.slot, &slot) != SB_OK:
+            raise _errors.LimitReached(
+                f"more than max_waiters = {self.region.r.limits.waiters} threads wait in the broker at one time")
+        return slot
+
+    cdef void give_waiter(self, uint32_t slot):
+        if slot != SB_NIL:
+            self.waiters.append(slot)
+
+    cdef int wait_position(self, uint32_t kind, uint64_t target, int64_t deadline_ns) except -100:
+        """SB_OK, SB_TIMEOUT, SB_READ_ONLY, SB_FENCED or SB_NOT_RUNNING. Looks at signals."""
+        cdef sb_region *r = self.check()
+        cdef uint32_t waiter = self.take_waiter()
+        cdef int code = SB_INTERRUPTED
+        try:
+            while code == SB_INTERRUPTED:
+                with nogil:
+                    code = sb_wait_position(r, waiter, kind, target, deadline_ns)
+                if code == SB_INTERRUPTED:
+                    check_signals()
+        finally:
+            self.give_waiter(waiter)
+        return code
+
+    def wait_flushed(self, uint64_t position, int64_t timeout_ns):
+        cdef int code = self.wait_position(SB_WAIT_FLUSH, position, sb_now_ns() + timeout_ns)
+        if code != SB_OK and code != SB_TIMEOUT:
+            raise code_error(&self.region.r, code, "waiting for the flush")
+        return code == SB_OK
+
+
+def failpoint_names():
+    return [sb_failpoint_name(i).decode() for i in range(SB_FP_COUNT)]
+
+
+def failpoint_arm(str name, str action, long at):
+    names = failpoint_names()
+    if name not in names or action not in ("off", "kill", "stop", "exit"):
+        raise ValueError(f"no native failpoint {name!r} with action {action!r}")
+    sb_failpoint_arm(names.index(name), ("off", "kill", "stop", "exit").index(action), at)

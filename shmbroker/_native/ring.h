@@ -38,7 +38,15 @@ typedef struct {
  * SB_NO_INDEX (*needed: `dispatched` must pass it) | SB_NO_CAPACITY | SB_READ_ONLY | SB_NOT_RUNNING | SB_FENCED | SB_TOO_LARGE | SB_LOST | SB_BROKEN */
 int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects, uint32_t effect_count,
               uint32_t options, int64_t deadline_ns, uint64_t *end, uint64_t *needed);
+/* The same, waiting for lock, space, index or disk until the deadline; then the code says what was missing. Returns
+ * SB_INTERRUPTED at least every 100 ms so that the caller may look at signals: call again. *waiter: a wait slot taken when
+ * first needed (SB_NIL before), the caller gives it back. */
+int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects, uint32_t effect_count,
+                   uint32_t options, int64_t deadline_ns, uint64_t *end, uint32_t *waiter);
 void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post whoever sleeps for what was appended */
+
+/* Recovery: remember an id of the log's newest records in the hash window. */
+int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position);
 
 /* Bring the words of an interrupted append to one side (R3). Caller holds the append lock. */
 void sb_append_repair(sb_region *r);

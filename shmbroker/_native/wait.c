@@ -141,10 +141,23 @@ uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached)
     sb_fence();
     for (uint32_t i = 0; i < used; i++) {
         sb_waiter *w = sb_waiter_at(r, i);
-        if (wait_of(atomic_load_explicit(&w->state, memory_order_acquire)) == SB_WAIT_WAITING && w->kind == kind &&
-            sb_load(&w->target) <= reached) {
+        if (wait_of(atomic_load_explicit(&w->state, memory_order_acquire)) == SB_WAIT_WAITING &&
+            word_of(r, w->kind) == word_of(r, kind) && sb_load(&w->target) <= reached) {
             posts += post(w);
         }
+    }
+    return posts;
+}
+
+/* A flusher killed behind the store has published and posted nobody: the backstop and its successor do. */
+uint32_t sb_publish_flushed(sb_region *r, uint64_t position)
+{
+    uint64_t before = sb_load(&sb_marks(r)->flushed);
+    sb_raise(&sb_marks(r)->flushed, position); /* SYNC: flushed */
+    SB_FAILPOINT(flushed_stored);
+    uint32_t posts = sb_wake_position(r, SB_WAIT_FLUSH, position);
+    if (sb_load(&sb_marks(r)->visible_after) == SB_VISIBLE_FLUSH) {
+        posts += sb_wake_topics_since(r, before, position);
     }
     return posts;
 }

@@ -20,7 +20,8 @@ int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns);
 void sb_wait_message_end(sb_region *r, uint32_t slot, const uint32_t *topics, uint32_t count);
 
 /* Post sleepers. All return the number of posts made; none makes a system call when nobody sleeps. */
-uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached); /* everybody whose target is reached */
+uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached); /* everybody who waits for this kind's word */
+uint32_t sb_publish_flushed(sb_region *r, uint64_t position);             /* flushed := position, and wake for it */
 uint32_t sb_wake_everybody(sb_region *r);                                  /* state changed: all must look */
 uint32_t sb_wake_topic(sb_region *r, uint32_t topic);                      /* one sleeper of every group */
 uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group);      /* one sleeper of this group */

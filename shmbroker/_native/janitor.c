@@ -1,0 +1,108 @@
+/* janitor.c: see janitor.h. */
+#include "janitor.h"
+
+#include <string.h>
+
+#include "claim.h"
+#include "wait.h"
+
+static uint64_t client_word(uint32_t pid, uint32_t generation, uint32_t state)
+{
+    return ((uint64_t)pid << 32) | ((uint64_t)(generation & 0xffffffu) << 8) | state;
+}
+
+int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t incarnation, const char *name, uint32_t *slot,
+                   uint32_t *generation)
+{
+    for (uint32_t i = 0; i < r->limits.clients; i++) {
+        sb_client *c = sb_client_at(r, i);
+        uint64_t word = sb_load(&c->state);
+        uint32_t next = (sb_client_generation_of(word) + 1) & 0xffffffu;
+        if (sb_client_state_of(word) != SB_CLIENT_FREE || !sb_cas(&c->state, &word, client_word(pid, next, SB_CLIENT_JOINING))) {
+            continue;
+        }
+        sb_store(&c->pid, pid);
+        sb_store(&c->start_ticks, start_ticks);
+        sb_store(&c->incarnation, incarnation);
+        sb_store(&c->attached_ns, (uint64_t)sb_now_ns());
+        sb_word *zero[] = {&c->last_sequence, &c->sends, &c->receives, &c->acks};
+        for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
+            sb_store(zero[z], 0);
+        }
+        for (uint32_t w = 0; w < SB_ID_WINDOW; w++) {
+            sb_store(&c->window[w], UINT64_MAX);
+            sb_store(&c->window_sequence[w], 0);
+        }
+        memset(c->name, 0, sizeof c->name);
+        strncpy(c->name, name, sizeof c->name - 1);
+        sb_store(&c->state, client_word(pid, next, SB_CLIENT_LIVE)); /* killed before: JOINING with its pid, reaped */
+        *slot = i;
+        *generation = next;
+        return SB_OK;
+    }
+    return SB_TABLE_FULL;
+}
+
+/* Whose queue is it, and does anybody of the group sleep for it? */
+static void wake_for(sb_region *r, const sb_claims *claims)
+{
+    if (claims->queue_slot < r->limits.queues) {
+        (void)sb_wake_group(r, sb_queue_at(r, claims->queue_slot)->topic_slot, claims->group_slot);
+    }
+}
+
+int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *released)
+{
+    *released = 0;
+    if (slot >= r->limits.clients) {
+        return SB_INVALID;
+    }
+    sb_client *c = sb_client_at(r, slot);
+    uint64_t word = sb_load(&c->state);
+    uint32_t pid = sb_client_pid_of(word);
+    if (sb_client_generation_of(word) != generation || sb_client_state_of(word) == SB_CLIENT_FREE) {
+        return SB_GONE;
+    }
+    sb_store(&c->state, client_word(pid, generation, SB_CLIENT_DEAD));
+    (void)sb_append_lock_check(r);
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *claims = sb_claims_at(r, i);
+        if (sb_load(&claims->state) != SB_SLOT_LIVE) {
+            continue;
+        }
+        uint32_t n = sb_claims_reap(r, i, slot);
+        sb_claim_base(r, i);
+        if (n) {
+            *released += n;
+            wake_for(r, claims);
+        }
+    }
+    (void)sb_waiter_reap(r, slot);
+    sb_store(&c->state, client_word(0, generation, SB_CLIENT_FREE));
+    return SB_OK;
+}
+
+void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *next_ms)
+{
+    *expired = 0;
+    *next_ms = SB_NIL;
+    (void)sb_append_lock_check(r);
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *claims = sb_claims_at(r, i);
+        if (sb_load(&claims->state) != SB_SLOT_LIVE || claims->queue_slot >= r->limits.queues) {
+            continue;
+        }
+        uint32_t next = SB_NIL;
+        *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), &next);
+        *next_ms = next < *next_ms ? next : *next_ms;
+        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
+            wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
+        }
+    }
+    (void)sb_wait_backstop(r, now_ns);
+}
+
+/* Until claim.c has landed. */
+__attribute__((weak)) uint32_t sb_claims_reap(sb_region *r, uint32_t t, uint32_t s) { (void)r; (void)t; (void)s; return 0; }
+__attribute__((weak)) uint32_t sb_claims_expire(sb_region *r, uint32_t t, uint32_t n, uint32_t *x) { (void)r; (void)t; (void)n; (void)x; return 0; }
+__attribute__((weak)) void sb_claim_base(sb_region *r, uint32_t t) { (void)r; (void)t; }
