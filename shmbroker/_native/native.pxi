@@ -26,7 +26,6 @@ cdef extern from "codes.h" nogil:
 cdef extern from "layout.h" nogil:
     enum:
         SB_NIL
-        SB_MAGIC
         SB_NO_QUEUE
         SB_ROLES_MAX
         SB_ID_WINDOW
@@ -50,6 +49,7 @@ cdef extern from "layout.h" nogil:
         SB_VISIBLE_APPEND
         SB_VISIBLE_FLUSH
 
+    const uint64_t SB_MAGIC
     ctypedef uint64_t sb_word   # _Atomic; only used through sb_load and friends
     ctypedef uint32_t sb_half
     ctypedef struct sb_header:
