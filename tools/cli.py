@@ -1,0 +1,116 @@
+"""The ``shmbroker`` command. Each family of commands is a file of its own, loaded when it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import click
+from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
+from shmbroker.tools.session import common_options
+
+from shmbroker.errors import ShmBrokerError
+
+# name: (module, one line for --help). The line stands here so that --help loads no module.
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "demo": ("demo", "Stream a file through a broker whose processes are killed on the way."),
+    "serve": ("serve", "Run the broker of a directory in the foreground."),
+    "worker": ("serve", "Run one worker alone, for process managers."),
+    "send": ("send", "Send lines as messages."),
+    "receive": ("receive", "Print messages as lines and acknowledge them."),
+    "status": ("status", "Show the health of a broker, and what to do about it."),
+    "topic": ("topic", "Create, list, alter and delete topics."),
+    "group": ("group", "Show consumer groups, their lag, and what they hold back."),
+    "message": ("message", "Look up messages by id or key."),
+    "log": ("log", "Dump, verify and rebuild the commit log."),
+    "backup": ("backup", "Make a consistent copy of a directory."),
+    "ipc": ("ipc", "List and remove shared memory of dead brokers."),
+    "failpoints": ("failpoints", "List the places where tests can make a process die."),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that every ``with`` is left in order."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"shmbroker.tools.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: shmbroker demo. Each command has examples: shmbroker send --help.",
+)
+@common_options
+@click.version_option(package_name="shmbroker")
+def cli() -> None:
+    """A durable message broker for the processes of one host.
+
+    Producers and consumers share a ring in memory; a flusher keeps it on disk. All commands work on one DIRECTORY and
+    start its workers if nobody has done so.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: run a command, say in one line what went wrong, leave with a named exit code."""
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    code = _run(arguments)
+    # A reader that went away must not turn a finished command into a traceback at interpreter exit.
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.exit(code)
+    _drop_stdout()
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        result: Any = cli.main(args=arguments, prog_name="shmbroker", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return ExitCode.INTERRUPTED
+    except Terminated:
+        return ExitCode.TERMINATED
+    except BrokenPipeError:
+        _drop_stdout()
+        return ExitCode.OK
+    except (ShmBrokerError, OSError) as error:
+        hint = remedy(error)
+        click.echo(f"shmbroker: {type(error).__name__}: {error}{f' ({hint})' if hint else ''}", err=True)
+        return exit_code(error)
+    return int(result) if isinstance(result, int) else ExitCode.OK
+
+
+def _raise_terminated(_signum: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the clean-up short
+    raise Terminated
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush finds no broken pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()

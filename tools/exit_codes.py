@@ -1,0 +1,57 @@
+"""How the commands leave. One enum, so that scripts and documents can rely on it; docs/operations.md has the table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from shmbroker import errors
+
+
+class ExitCode(IntEnum):
+    """Exit codes of ``shmbroker``."""
+
+    OK = 0
+    FINDING = 1  # done, and something is wrong: damage, a difference, an unhealthy broker, nothing found
+    USAGE = 2  # the command line is wrong, or the request can never succeed
+    RETRY_LATER = 3  # busy, not ready, timed out
+    OPERATOR = 4  # a person has to act: disk full, read-only store, corrupt log, not enough memory
+    REFUSED = 5  # another's right stands against it
+    NOT_SERVED = 6  # no broker serves this directory, or it has gone away
+    INTERNAL = 70  # a fault of shmbroker itself
+    INTERRUPTED = 130  # Ctrl-C
+    TERMINATED = 143  # SIGTERM
+
+
+# The first class that matches decides; the order is that of the tree in errors.py, leaves before branches.
+_BY_CLASS: tuple[tuple[type[Exception], ExitCode], ...] = (
+    (errors.Retryable, ExitCode.RETRY_LATER),
+    (errors.BadRequest, ExitCode.USAGE),
+    (errors.Refused, ExitCode.REFUSED),
+    (errors.NeedsOperator, ExitCode.OPERATOR),
+    (errors.NeedsRestart, ExitCode.NOT_SERVED),
+    (errors.PositionGone, ExitCode.FINDING),
+    (PermissionError, ExitCode.REFUSED),
+    (OSError, ExitCode.OPERATOR),
+)
+
+# What a person should do, where the error's own sentence does not say it. Leaves before branches.
+_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
+    (errors.BrokerBusy, "try again; `shmbroker status` shows what holds it up"),
+    (errors.NotReady, "try again in a moment; the workers' logs are in run/ of the directory"),
+    (errors.ReceiptExpired, "the message will be delivered again; a longer --invisible gives more time"),
+    (errors.StoreFull, "free space on that disk; sending resumes by itself"),
+    (errors.StoreReadOnly, "look at the kernel log, back up to another disk, replace the disk, start the broker again"),
+    (errors.CorruptLog, "`shmbroker log verify` names every damaged place; restore a backup or repair a copy"),
+    (errors.LayoutMismatch, "stop the broker of the other version, then start this one"),
+    (errors.BrokerClosed, "run the command again"),
+)
+
+
+def exit_code(error: Exception) -> ExitCode:
+    """The code with which an error ends a command."""
+    return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), ExitCode.INTERNAL)
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an error; empty if its own text says so."""
+    return next((text for kind, text in _REMEDIES if isinstance(error, kind)), "")

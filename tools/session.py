@@ -1,0 +1,99 @@
+"""What all commands share: which broker, and whether people or programs read the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+from shmbroker.tools.exit_codes import ExitCode
+
+from shmbroker.naming import BrokerPaths
+
+if TYPE_CHECKING:
+    from shmbroker.broker import Broker
+    from shmbroker.descriptor import Descriptor
+
+    from shmbroker._native._core import Region
+
+DEFAULT_DIRECTORY: Final = "shmbroker-data"
+ENVIRONMENT_KEY: Final = "SHMBROKER_DIRECTORY"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """A command ends with one line on stderr and a named exit code."""
+
+    def __init__(self, message: str, code: ExitCode) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+    def show(self, file: Any = None) -> None:  # noqa: ARG002 - click's signature
+        click.echo(f"shmbroker: {self.message}", err=True)
+
+
+class Session:
+    """The broker that a command works on, and how it answers."""
+
+    def __init__(self) -> None:
+        self.directory = Path(DEFAULT_DIRECTORY)
+        self.json = False
+
+    @property
+    def paths(self) -> BrokerPaths:
+        return BrokerPaths(self.directory.resolve())
+
+    def require_directory(self) -> BrokerPaths:
+        """The paths of a directory that a broker has written to before; a mistyped name must not make a new broker."""
+        paths = self.paths
+        if not paths.log.is_dir():
+            raise Failure(
+                f"{self.directory} is no broker's directory; name it with -d, or make it with `shmbroker serve`",
+                ExitCode.NOT_SERVED,
+            )
+        return paths
+
+    def open(self, *, create: bool = False, **settings: Any) -> Broker:
+        """Open the broker, starting its workers if nobody has. ``create``: make the directory if there is none."""
+        import shmbroker
+
+        if not create:
+            self.require_directory()
+        return shmbroker.open(self.directory, **settings)
+
+    def attach(self) -> tuple[Region, Descriptor] | None:
+        """The running broker's memory, to look at only; None if nobody serves the directory."""
+        from shmbroker import memory
+
+        return memory.attach(self.require_directory())
+
+
+pass_session = click.make_pass_decorator(Session, ensure=True)
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(ctx: click.Context, _parameter: click.Parameter, value: Any) -> None:
+        if value not in (None, False):
+            setattr(ctx.ensure_object(Session), name, value)
+
+    return callback
+
+
+def common_options(function: _Function) -> _Function:
+    """``-d`` and ``--json``, understood before and after the command's name."""
+    directory = click.option(
+        "-d",
+        "--directory",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar=ENVIRONMENT_KEY,
+        callback=_set("directory"),
+        expose_value=False,
+        is_eager=True,
+        help=f"The broker's directory.  [default: ${ENVIRONMENT_KEY}, else {DEFAULT_DIRECTORY}]",
+    )
+    json = click.option(
+        "--json", is_flag=True, callback=_set("json"), expose_value=False, is_eager=True, help="Answer in JSON."
+    )
+    return directory(json(function))
