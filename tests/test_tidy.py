@@ -23,7 +23,6 @@ BANNED: list[tuple[str, tuple[str, ...], str]] = [
     (r"\btime\.sleep\(", ("tests",), "wait for a condition with a deadline: support/waiting.py"),
     (r"\btime\.time\(", CODE, "time.monotonic() for deadlines, time.time_ns() for what is written down"),
     (r"^\s*except\s*:", CODE, "name the exceptions that you expect"),
-    (r"\bexcept BaseException\b", ("shmbroker", "workers"), "name the exceptions that you expect"),
     (
         r"multiprocessing[. ](import )?shared_memory",
         CODE,

@@ -13,9 +13,9 @@ from shmbroker.naming import BrokerPaths
 
 if TYPE_CHECKING:
     from shmbroker.broker import Broker
-    from shmbroker.descriptor import Descriptor
 
     from shmbroker._native._core import Region
+    from shmbroker.descriptor import Descriptor
 
 DEFAULT_DIRECTORY: Final = "shmbroker-data"
 ENVIRONMENT_KEY: Final = "SHMBROKER_DIRECTORY"

@@ -1,0 +1,69 @@
+"""``shmbroker serve`` and ``shmbroker worker``: become a worker process.
+
+Both replace this process by the worker's own module: the pid that a process manager knows is the worker's, its signals
+need no forwarding, and ``ps`` shows role and directory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Final, NoReturn
+
+import click
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
+
+from shmbroker.config import FILE_NAME
+
+ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor")
+
+
+@click.command()
+@common_options
+@pass_session
+def serve(session: Session) -> None:
+    """Run the broker in the foreground: starts its workers, restarts those that die.
+
+    \b
+    shmbroker serve -d /var/lib/orders
+    SHMBROKER_FLUSH_DISK_TYPE=SYNC_FLUSH shmbroker serve
+
+    Settings come from broker.toml in the directory and from the environment. SIGTERM or Ctrl-C: what is in memory is
+    flushed, the workers leave. For supervisord and systemd: docs/operations.md.
+    """
+    session.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _become("supervisor", session.directory)
+
+
+@click.command()
+@common_options
+@click.argument("role", type=click.Choice(ROLES))
+@click.option(
+    "--config",
+    type=click.Path(exists=True, path_type=Path),
+    help=f"The broker's directory, or its {FILE_NAME} in it; as good as -d.",
+)
+@pass_session
+def worker(session: Session, role: str, config: Path | None) -> None:
+    """Run one worker of a broker alone, in the foreground.
+
+    \b
+    shmbroker worker supervisor -d /var/lib/orders
+    shmbroker worker flusher --config /var/lib/orders/broker.toml
+
+    A role is held by one process at a time; the supervisor leaves a role alone that somebody else holds.
+    """
+    if config is not None:
+        session.directory = config if config.is_dir() else config.resolve().parent
+    if role == "supervisor":
+        session.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    elif not session.directory.is_dir():
+        raise Failure(f"{session.directory} does not exist; start the supervisor first", ExitCode.NOT_SERVED)
+    _become(role, session.directory)
+
+
+def _become(role: str, directory: Path) -> NoReturn:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", f"shmbroker.workers.{role}", str(directory.resolve())])

@@ -1,0 +1,136 @@
+"""``shmbroker topic``: create, list, alter and delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from shmbroker.tools import console
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
+
+PERMISSIONS = {"r": 4, "w": 2, "rw": 6, "none": 0}
+_NAMES = {value: name for name, value in PERMISSIONS.items()}
+
+
+@click.group()
+@common_options
+def topic() -> None:
+    """Create, list, alter and delete topics.
+
+    \b
+    shmbroker topic create orders --queues 8
+    shmbroker topic list
+    shmbroker topic alter orders --permission r
+    shmbroker topic delete orders --yes
+    """
+
+
+@topic.command()
+@common_options
+@click.argument("name")
+@click.option("--queues", type=click.IntRange(1, 1024), default=4, show_default=True)
+@click.option("--permission", type=click.Choice(list(PERMISSIONS)), default="rw", show_default=True)
+@pass_session
+def create(session: Session, name: str, queues: int, permission: str) -> None:
+    """Create a topic; creating it again as it stands changes nothing.
+
+    \b
+    shmbroker topic create orders --queues 8
+    """
+    with session.open(create=True) as broker:
+        broker.create_topic(name, queues=queues, permission=PERMISSIONS[permission])
+    _done(session, "created", name)
+
+
+@topic.command(name="list")
+@common_options
+@pass_session
+def list_topics(session: Session) -> None:
+    """List topics with their queues and how many messages each holds.
+
+    \b
+    shmbroker topic list
+    shmbroker --json topic list | jq '.[].name'
+    """
+    with session.open() as broker:
+        topics = [_as_row(entry) for entry in broker.topics()]
+    if session.json:
+        console.print_json(topics)
+        return
+    console.table(
+        "",
+        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes ever"],
+        [
+            (
+                entry["name"],
+                len(entry["queues"]),
+                entry["permission"],
+                f"{entry['kept']:,}",
+                f"{entry['sent']:,}",
+                console.size(entry["bytes"]),
+            )
+            for entry in sorted(topics, key=lambda entry: str(entry["name"]))
+        ],
+        empty="no topics",
+    )
+
+
+def _as_row(entry: dict[str, Any]) -> dict[str, Any]:
+    queues = entry["queues"]
+    return {
+        "name": entry["name"],
+        "topic_id": entry["topic_id"],
+        "permission": _NAMES.get(entry["permission"], str(entry["permission"])),
+        "sent": sum(queue["next_offset"] for queue in queues),
+        "kept": sum(queue["next_offset"] - queue["first_offset"] for queue in queues),
+        "bytes": sum(queue["bytes"] for queue in queues),
+        "queues": [
+            {key: queue[key] for key in ("queue_id", "first_offset", "next_offset", "bytes")} for queue in queues
+        ],
+    }
+
+
+@topic.command()
+@common_options
+@click.argument("name")
+@click.option("--queues", type=click.IntRange(1, 1024), help="More queues; a topic never loses one.")
+@click.option("--permission", type=click.Choice(list(PERMISSIONS)), help="What clients may do.")
+@pass_session
+def alter(session: Session, name: str, queues: int | None, permission: str | None) -> None:
+    """Give a topic more queues, or another permission.
+
+    \b
+    shmbroker topic alter orders --queues 16
+    shmbroker topic alter orders --permission r     # nobody may send any more
+    """
+    if queues is None and permission is None:
+        raise click.UsageError("name what to alter: --queues or --permission")
+    with session.open() as broker:
+        broker.alter_topic(name, queues=queues, permission=PERMISSIONS[permission] if permission else None)
+    _done(session, "altered", name)
+
+
+@topic.command()
+@common_options
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_session
+def delete(session: Session, name: str, yes: bool) -> None:
+    """Delete a topic and all its messages, for every group.
+
+    \b
+    shmbroker topic delete orders --yes
+    """
+    if not yes and not click.confirm(f"Delete {name} and all its messages?"):
+        raise Failure("nothing deleted", ExitCode.FINDING)
+    with session.open() as broker:
+        broker.delete_topic(name)
+    _done(session, "deleted", name)
+
+
+def _done(session: Session, what: str, name: str) -> None:
+    if session.json:
+        console.print_json({"topic": name, "result": what})
+    else:
+        click.echo(f"{what} {name}")
