@@ -168,7 +168,7 @@ class Region:
 
     @staticmethod
     def sizes(limits: Mapping[str, int], ring_bytes: int) -> tuple[int, int]:
-        """(control bytes, ring bytes) that these limits need."""
+        """(control bytes, ring bytes) that these limits need. Limits as Config.native_limits() gives them."""
 
     @staticmethod
     def create(
@@ -209,7 +209,9 @@ class Region:
     def worker_register(self, role: str) -> None: ...
     def worker_sleep(self, role: str, mode: int, seen_position: int, timeout_ns: int) -> bool:
         """mode 1: woken by any append past ``seen_position``; mode 2: only by urgent work. True if posted or tail moved."""
-    def worker_wake(self, role: str) -> None: ...
+    def worker_wake(self, role: str) -> int: ...
+    def wait_for(self, word: str, target: int, timeout_ns: int) -> bool:
+        """Wait until ``flushed``, ``replicated`` or ``dispatched`` has reached ``target``; False at the deadline."""
     def worker_beat(self, role: str) -> None: ...
     def workers(self) -> list[dict[str, Any]]: ...
     def publish_flushed(self, position: int) -> int:
@@ -272,8 +274,40 @@ class Client:
     def wait_flushed(self, position: int, timeout_ns: int) -> bool: ...
 
 class ProducerCore:
-    """Fast path of Producer. Calls back into Python for whatever is not the common case."""
-    def __init__(self, client: Client, group: str, resolve_topic: Callable[[str], Any]) -> None: ...
+    """The send path. A subclass resolves missing topics, chooses queues and ids, and sends again after a restart."""
+    client: Client
+    group: str
+    send_timeout_ns: int
+    sync_flush_timeout_ns: int
+    def __init__(self, client: Client, group: str, *, send_timeout: float, sync_flush_timeout: float) -> None: ...
+    def send(
+        self, message: Message, timeout: float | None = None, *,
+        selector: Callable[[Sequence[int], Message, Any], int] | None = None, argument: Any = None,
+        sharding_key: str | bytes | None = None, queue_id: int | None = None, dedup_key: str | bytes | None = None,
+    ) -> SendResult:
+        """Append, wait for the promised durability, answer. ``timeout`` (send_timeout by default) bounds the wait for lock
+        and room: BrokerBusy, nothing stored. Raises MessageIllegal, MessageTooLarge, TopicNotExist, NoPermission,
+        QueueNotExist, StoreFull, StoreReadOnly, BrokerClosed, ForkedHandleError: in all of them nothing was stored."""
+    def send_oneway(
+        self, message: Message, *, selector: Callable[[Sequence[int], Message, Any], int] | None = None,
+        argument: Any = None, sharding_key: str | bytes | None = None, queue_id: int | None = None,
+    ) -> None:
+        """Append and ask for nothing more."""
+    def send_batch(
+        self, messages: Iterable[Message], timeout: float | None = None, *,
+        selector: Callable[[Sequence[int], Message, Any], int] | None = None, argument: Any = None,
+        sharding_key: str | bytes | None = None, queue_id: int | None = None,
+    ) -> BatchResult:
+        """One atomic append: all of them or none, in one queue. One topic, one wait_store_ok, at most 1,024 messages and a
+        quarter of ring or segment."""
+    def _missing_topic(self, topic: str) -> None: ...
+    def _store_only(
+        self, message: Message, timeout: float | None, selector: Any, argument: Any, sharding_key: Any, queue_id: int | None,
+        dedup_key: Any,
+    ) -> SendResult: ...
+    def _settle(self, result: SendResult, wait_store_ok: bool) -> SendResult: ...
+    def _rebind(self, client: Client) -> None: ...
+    def _shut(self) -> None: ...
 
 class ConsumerCore:
     """Fast path of SimpleConsumer."""

@@ -4,6 +4,8 @@
 One extension module, one file per object: see the includes.
 """
 
+cimport cython
+
 include "record.pxi"
 include "native.pxi"
 include "region.pxi"

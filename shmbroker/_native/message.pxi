@@ -1,1 +1,124 @@
-# message.pxi: included by _core.pyx
+# message.pxi: Message, SendResult, BatchResult. Immutable, so that a send may read them without the GIL.
+
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
+
+from shmbroker import message as _rules
+from shmbroker.status import SendStatus as _SendStatus
+
+cdef object SEND_OK = _SendStatus.SEND_OK
+cdef object FLUSH_DISK_TIMEOUT = _SendStatus.FLUSH_DISK_TIMEOUT
+
+
+cdef inline str id_text(uint64_t incarnation, uint64_t sequence):
+    return f"{incarnation:016x}{sequence:016x}"
+
+
+@cython.freelist(256)
+cdef class Message:
+    """A message to send; see _core.pyi."""
+    cdef readonly str topic
+    cdef readonly bytes body
+    cdef readonly str tags
+    cdef readonly str keys
+    cdef readonly dict properties
+    cdef readonly bint wait_store_ok
+    cdef bytes encoded_properties
+
+    def __init__(self, str topic not None, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True):
+        self.topic = topic
+        self.body = <bytes>body if type(body) is bytes else _rules.check_body(body)
+        self.tags = "" if tags is None else _rules.check_tags(tags)
+        self.keys = "" if keys is None else _rules.check_keys(keys)
+        self.wait_store_ok = wait_store_ok
+        if properties:
+            self.properties = _rules.check_properties(properties)
+            self.encoded_properties = format_properties(self.properties)
+        else:
+            self.properties = {}
+            self.encoded_properties = None
+
+    def __repr__(self):
+        return f"Message({self.topic!r}, {len(self.body)} bytes, tags={self.tags!r}, keys={self.keys!r})"
+
+
+@cython.freelist(256)
+cdef class SendResult:
+    """What became of a send; see _core.pyi."""
+    cdef readonly object status
+    cdef readonly str topic
+    cdef readonly uint32_t queue_id
+    cdef readonly uint64_t queue_offset
+    cdef readonly uint64_t position
+    cdef readonly uint64_t end_position
+    cdef readonly bint duplicate
+    cdef uint64_t incarnation
+    cdef uint64_t sequence
+    cdef Client client
+
+    @property
+    def message_id(self):
+        return id_text(self.incarnation, self.sequence)
+
+    def confirm(self, timeout=5.0):
+        return confirm_position(self.client, self.end_position, timeout)
+
+    def __repr__(self):
+        return (f"SendResult({self.status.name}, {self.message_id}, {self.topic}[{self.queue_id}] "
+                f"offset {self.queue_offset}, position {self.position})")
+
+
+cdef object confirm_position(Client client, uint64_t end_position, timeout):
+    """SEND_OK once the disk has it, FLUSH_DISK_TIMEOUT if not in time; StoreReadOnly if it never will."""
+    cdef int code = client.wait_position(SB_WAIT_FLUSH, end_position, deadline_of(timeout))
+    if code == SB_OK:
+        return SEND_OK
+    if code == SB_TIMEOUT:
+        return FLUSH_DISK_TIMEOUT
+    raise code_error(&client.region.r, code, "confirming a send")
+
+
+cdef class BatchResult:
+    """The results of one send_batch: a sequence of SendResult, each made when asked for."""
+    cdef readonly object status
+    cdef readonly str topic
+    cdef readonly uint32_t queue_id
+    cdef readonly uint64_t end_position
+    cdef uint32_t count
+    cdef uint64_t first_offset
+    cdef uint64_t incarnation
+    cdef uint64_t first_sequence
+    cdef uint64_t *positions
+    cdef Client client
+
+    def __dealloc__(self):
+        free(self.positions)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
+        cdef Py_ssize_t i = index
+        cdef SendResult result
+        if i < 0:
+            i += self.count
+        if i < 0 or i >= self.count:
+            raise IndexError("batch index out of range")
+        result = SendResult.__new__(SendResult)
+        result.status = self.status
+        result.topic = self.topic
+        result.queue_id = self.queue_id
+        result.queue_offset = self.first_offset + i
+        result.position = self.positions[i]
+        result.end_position = self.end_position
+        result.incarnation = self.incarnation
+        result.sequence = self.first_sequence + i
+        result.client = self.client
+        return result
+
+    def confirm(self, timeout=5.0):
+        return confirm_position(self.client, self.end_position, timeout)
+
+    def __repr__(self):
+        return f"BatchResult({self.status.name}, {self.count} messages, {self.topic}[{self.queue_id}] from offset {self.first_offset})"

@@ -1,1 +1,356 @@
-# producer.pxi: included by _core.pyx
+# producer.pxi: ProducerCore, the send path. One append attempt is made with the GIL held and never sleeps; whatever
+# has to wait (lock, space, durability) waits without it.
+
+cdef int64_t NO_DEADLINE = 0x7fffffffffffffff
+cdef uint64_t LARGE_BYTES = 65536  # from here on copying is worth dropping the GIL
+
+
+cdef int64_t deadline_of(timeout) except -1:
+    """Absolute ns of CLOCK_MONOTONIC for float seconds; None waits for ever."""
+    if timeout is None:
+        return NO_DEADLINE
+    cdef double seconds = timeout
+    if not seconds >= 0:
+        raise ValueError(f"timeout {timeout!r}: seconds, not negative")
+    return sb_now_ns() + <int64_t>(min(seconds, 1e9) * 1e9)
+
+
+cdef class TopicRoute:
+    """A topic as a producer knows it; looked up again when the definitions have moved."""
+    cdef readonly str name
+    cdef readonly uint32_t topic_id
+    cdef readonly uint32_t count
+    cdef readonly uint32_t permission
+    cdef uint64_t generation
+    cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
+
+
+cdef TopicRoute find_route(sb_region *r, str topic):
+    """None if there is no such topic."""
+    cdef uint32_t slot = 0
+    cdef uint64_t generation = sb_load(&sb_marks(r).topic_generation)
+    cdef bytes name = topic.encode()
+    cdef TopicRoute route
+    if sb_topic_find(r, name, &slot) != SB_OK:
+        return None
+    route = TopicRoute.__new__(TopicRoute)
+    route.name = topic
+    route.topic_id = sb_topic_at(r, slot).topic_id
+    route.permission = <uint32_t>sb_load(&sb_topic_at(r, slot).permission)
+    route.count = sb_topic_queues(r, slot, route.slots, SB_QUEUES_PER_TOPIC_MAX)
+    route.generation = generation
+    return route if route.count else None
+
+
+cdef class ProducerCore:
+    """Sends messages. Subclass: shmbroker.producer.Producer, which resolves topics and chooses queues by policy."""
+    cdef readonly Client client
+    cdef readonly str group
+    cdef dict routes
+    cdef uint32_t next_queue
+    cdef public int64_t send_timeout_ns
+    cdef public int64_t sync_flush_timeout_ns
+    cdef sb_item *batch_items  # taken by the call that uses it
+    cdef bint shut
+
+    def __cinit__(self, *args, **kwargs):
+        self.batch_items = NULL
+
+    def __init__(self, Client client not None, str group, *, double send_timeout, double sync_flush_timeout):
+        self.client = client
+        self.group = group
+        self.routes = {}
+        self.next_queue = _os.getpid()
+        self.send_timeout_ns = <int64_t>(send_timeout * 1e9)
+        self.sync_flush_timeout_ns = <int64_t>(sync_flush_timeout * 1e9)
+
+    def __dealloc__(self):
+        free(self.batch_items)
+
+    def _rebind(self, Client client not None):
+        """Go on with another attachment: the broker was restarted."""
+        self.client = client
+        self.routes.clear()
+
+    def _shut(self):
+        self.shut = True
+
+    cdef sb_region *ready(self) except NULL:
+        if self.shut:
+            raise _errors.BrokerClosed("this producer was closed")
+        return self.client.check()
+
+    # -- for the subclass
+
+    def _missing_topic(self, str topic):
+        """Create it or raise TopicNotExist."""
+        raise _errors.TopicNotExist(f"topic {topic!r} does not exist")
+
+    def _choose_queue(self, Message message, uint32_t count, selector, argument, sharding_key, queue_id):
+        raise NotImplementedError
+
+    def _dedup_id(self, Message message, dedup_key):
+        raise NotImplementedError
+
+    def _send_again(self, send, timeout):
+        """The broker has stopped, nothing was stored: send(timeout) once it is back, or raise BrokerClosed."""
+        raise NotImplementedError
+
+    # -- routes
+
+    cdef TopicRoute route(self, sb_region *r, str topic):
+        cdef TopicRoute route = <TopicRoute>self.routes.get(topic)
+        if route is not None and route.generation == sb_load(&sb_marks(r).topic_generation):
+            return route
+        route = find_route(r, topic)
+        if route is None:
+            self._missing_topic(topic)
+            route = find_route(r, topic)
+            if route is None:
+                raise _errors.TopicNotExist(f"topic {topic!r} was deleted while it was created")
+        if not route.permission & 2:
+            raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no write (2)")
+        self.routes[topic] = route
+        return route
+
+    # -- filling
+
+    cdef int fill(self, sb_region *r, sb_item *item, Message message) except -1:
+        """Parts and CRC of one message: everything that needs no lock (R12)."""
+        cdef Py_ssize_t length = 0
+        cdef uint32_t crc = 0
+        memset(item, 0, sizeof(sb_item))
+        item.body = <const uint8_t *>PyBytes_AS_STRING(message.body)
+        item.body_bytes = <uint32_t>min(len(message.body), 0xffffffff)
+        if item.body_bytes == 0:
+            raise _errors.MessageIllegal("the body is empty")
+        if item.body_bytes > r.limits.max_message_bytes:
+            raise _errors.MessageTooLarge(
+                f"the body has {len(message.body)} bytes, max_message_bytes is {r.limits.max_message_bytes}")
+        if message.tags is not None and len(message.tags):
+            item.tags = <const uint8_t *>PyUnicode_AsUTF8AndSize(message.tags, &length)
+            item.tags_bytes = <uint32_t>length
+            item.tag_hash = sb_tag_hash(item.tags, item.tags_bytes)
+            crc = sb_crc32c(crc, item.tags, item.tags_bytes)
+        if message.keys is not None and len(message.keys):
+            item.keys = <const uint8_t *>PyUnicode_AsUTF8AndSize(message.keys, &length)
+            item.keys_bytes = <uint32_t>length
+            crc = sb_crc32c(crc, item.keys, item.keys_bytes)
+        if message.encoded_properties is not None:
+            item.properties = <const uint8_t *>PyBytes_AS_STRING(message.encoded_properties)
+            item.properties_bytes = <uint32_t>len(message.encoded_properties)
+            crc = sb_crc32c(crc, item.properties, item.properties_bytes)
+        item.payload_crc = sb_crc32c(crc, item.body, item.body_bytes)
+        item.kind = SB_KIND_MESSAGE
+        if not message.wait_store_ok:
+            item.flags = SB_FLAG_WAIT_STORE_NOT_OK
+        item.born_ns = sb_realtime_ns()
+        item.incarnation = self.client.incarnation
+        return 0
+
+    cdef int append(self, sb_region *r, sb_item *items, uint32_t count, uint32_t options, int64_t deadline_ns,
+                    uint64_t *end) except -100:
+        """SB_OK or SB_DUPLICATE; raises for the rest, with nothing stored. Wakes who sleeps for it."""
+        cdef uint64_t needed = 0
+        cdef uint32_t waiter = SB_NIL
+        cdef Client client = self.client
+        cdef uint32_t slot = client.slot
+        cdef int code
+        if items[0].body_bytes < LARGE_BYTES:
+            code = sb_append(r, slot, items, count, NULL, 0, options, 0, end, &needed)
+        else:
+            with nogil:
+                code = sb_append(r, slot, items, count, NULL, 0, options, 0, end, &needed)
+        if code == SB_LOCKED or code == SB_NO_SPACE or code == SB_NO_INDEX or code == SB_NO_CAPACITY:
+            if deadline_ns == 0:
+                deadline_ns = sb_now_ns() + self.send_timeout_ns
+            if client.waiters:
+                waiter = <uint32_t>client.waiters.pop()
+            try:
+                code = SB_INTERRUPTED
+                while code == SB_INTERRUPTED:
+                    with nogil:
+                        code = sb_append_wait(r, slot, items, count, NULL, 0, options, deadline_ns, end, &waiter)
+                    if code == SB_INTERRUPTED:
+                        check_signals()
+            finally:
+                client.give_waiter(waiter)
+        if code == SB_OK:
+            sb_append_wake(r, items, count)
+            sb_add(&sb_client_at(r, slot).sends, count)
+            if sb_load(&sb_marks(r).fenced):  # SYNC: fenced (R13)
+                raise code_error(r, SB_FENCED, "sending")
+        elif code != SB_DUPLICATE:
+            raise code_error(r, code, "sending")
+        return code
+
+    cdef object durability(self, sb_region *r, uint64_t end):
+        """The status of an append that ends at ``end``: table 1.2 of the master's own disk. A failed disk is a timeout
+        that comes at once: the message stands in memory, its durability is unproven."""
+        cdef int code
+        if not sb_load(&sb_marks(r).sync_flush):
+            return SEND_OK
+        code = self.client.wait_position(SB_WAIT_FLUSH, end, sb_now_ns() + self.sync_flush_timeout_ns)
+        if code == SB_OK:
+            return SEND_OK
+        if code == SB_FENCED:
+            raise code_error(r, code, "sending")
+        return FLUSH_DISK_TIMEOUT
+
+    # -- sending
+
+    cdef SendResult store(self, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        """Append; the status is still open."""
+        cdef sb_region *r = self.ready()
+        cdef TopicRoute route = self.route(r, message.topic)
+        cdef sb_item item
+        cdef SendResult result
+        cdef uint32_t queue, options = 0
+        cdef uint64_t end = 0
+        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
+        cdef int code
+        self.fill(r, &item, message)
+        if selector is None and sharding_key is None and queue_id is None:
+            queue = self.next_queue % route.count
+            self.next_queue += 1
+        else:
+            queue = self._choose_queue(message, route.count, selector, argument, sharding_key, queue_id)
+            if queue >= route.count:
+                raise _errors.QueueNotExist(f"topic {message.topic!r} has queues 0 to {route.count - 1}, not {queue}")
+        if dedup_key is None:
+            self.client.sequence += 1
+            item.sequence = self.client.sequence
+        else:
+            item.incarnation, item.sequence = self._dedup_id(message, dedup_key)
+            item.flags |= SB_FLAG_DEDUP
+            options = SB_APPEND_DEDUP
+        item.topic_id = route.topic_id
+        item.queue_id = <uint16_t>queue
+        item.queue_slot = route.slots[queue]
+        code = self.append(r, &item, 1, options, deadline, &end)
+        result = SendResult.__new__(SendResult)
+        result.status = SEND_OK
+        result.topic = message.topic
+        result.queue_id = queue
+        result.queue_offset = item.queue_offset
+        result.position = item.position
+        result.end_position = end
+        result.incarnation = item.incarnation
+        result.sequence = item.sequence
+        result.client = self.client
+        if code == SB_DUPLICATE:
+            self._earlier(result)
+        return result
+
+    def _earlier(self, SendResult result):
+        """Fill in the place of the earlier send with this id: from the ring, else from the log."""
+        raw = self.client.region.read_raw(result.position)
+        if raw is None:
+            raw = self._read_log(result.position)
+        record = decode_record(raw, result.position)
+        result.duplicate = True
+        result.queue_id = record.queue_id
+        result.queue_offset = record.queue_offset
+        result.end_position = result.position + record.padded
+
+    def _read_log(self, uint64_t position):
+        raise NotImplementedError
+
+    cdef SendResult send_once(self, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        cdef SendResult result = self.store(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        if message.wait_store_ok:
+            result.status = self.durability(&self.client.region.r, result.end_position)
+        return result
+
+    def send(self, Message message not None, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None,
+             dedup_key=None):
+        try:
+            return self.send_once(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        except _errors.BrokerClosed:
+            return self._send_again(
+                lambda left: self.send_once(message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
+
+    def send_oneway(self, Message message not None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
+        self.store(message, None, selector, argument, sharding_key, queue_id, None)
+
+    def _store_only(self, Message message not None, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        return self.store(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+
+    def _settle(self, SendResult result not None, bint wait_store_ok):
+        """The status of a stored send, waited for."""
+        if wait_store_ok:
+            result.status = self.durability(self.client.check(), result.end_position)
+        return result
+
+    def send_batch(self, messages, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
+        cdef list batch = list(messages)  # nobody changes it while we read without the GIL
+        try:
+            return self.send_batch_once(batch, timeout, selector, argument, sharding_key, queue_id)
+        except _errors.BrokerClosed:
+            return self._send_again(
+                lambda left: self.send_batch_once(batch, left, selector, argument, sharding_key, queue_id), timeout)
+
+    cdef BatchResult send_batch_once(self, list batch, timeout, selector, argument, sharding_key, queue_id):
+        cdef sb_region *r = self.ready()
+        cdef uint32_t count = <uint32_t>min(len(batch), SB_GROUP_RECORDS_MAX + 1), i, queue
+        cdef Message first, message
+        cdef TopicRoute route
+        cdef sb_item *items
+        cdef BatchResult result
+        cdef uint64_t end = 0
+        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
+        if count == 0:
+            raise _errors.MessageIllegal("an empty batch")
+        if count > SB_GROUP_RECORDS_MAX:
+            raise _errors.MessageTooLarge(f"{len(batch)} messages in one batch, at most {SB_GROUP_RECORDS_MAX}")
+        first = <Message?>batch[0]
+        route = self.route(r, first.topic)
+        if selector is None and sharding_key is None and queue_id is None:
+            queue = self.next_queue % route.count
+            self.next_queue += 1
+        else:
+            queue = self._choose_queue(first, route.count, selector, argument, sharding_key, queue_id)
+            if queue >= route.count:
+                raise _errors.QueueNotExist(f"topic {first.topic!r} has queues 0 to {route.count - 1}, not {queue}")
+        items = self.batch_items
+        self.batch_items = NULL
+        if items == NULL:
+            items = <sb_item *>malloc(SB_GROUP_RECORDS_MAX * sizeof(sb_item))
+            if items == NULL:
+                raise MemoryError
+        result = BatchResult.__new__(BatchResult)
+        try:
+            for i in range(count):
+                message = <Message?>batch[i]
+                if message.topic is not first.topic and message.topic != first.topic:
+                    raise _errors.MessageIllegal(
+                        f"a batch has one topic: {first.topic!r} and {message.topic!r} were given (RocketMQ's rule)")
+                if message.wait_store_ok != first.wait_store_ok:
+                    raise _errors.MessageIllegal("a batch has one wait_store_ok (RocketMQ's rule)")
+                self.fill(r, &items[i], message)
+                items[i].topic_id = route.topic_id
+                items[i].queue_id = <uint16_t>queue
+                items[i].queue_slot = route.slots[queue]
+                items[i].sequence = self.client.sequence + 1 + i
+            self.client.sequence += count
+            self.append(r, items, count, 0, deadline, &end)
+            result.positions = <uint64_t *>malloc(count * sizeof(uint64_t))
+            if result.positions == NULL:
+                raise MemoryError
+            for i in range(count):
+                result.positions[i] = items[i].position
+            result.first_offset = items[0].queue_offset
+            result.first_sequence = items[0].sequence
+        finally:
+            if self.batch_items == NULL:
+                self.batch_items = items
+            else:
+                free(items)
+        result.count = count
+        result.topic = first.topic
+        result.queue_id = queue
+        result.end_position = end
+        result.incarnation = self.client.incarnation
+        result.client = self.client
+        result.status = self.durability(r, end) if first.wait_store_ok else SEND_OK
+        return result

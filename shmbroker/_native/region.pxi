@@ -17,13 +17,10 @@ cdef int64_t DEFINE_TIMEOUT_NS = 3_000_000_000
 cdef dict ROLES = {
     "supervisor": 0, "flusher": 1, "dispatcher": 2, "janitor": 3, "replicator": 4, "scheduler": 5, "checker": 6,
 }
-cdef dict LIMIT_NAMES = {  # setting -> how the tables are called in sb_limits
-    "max_clients": "clients", "max_waiters": "waiters", "max_topics": "topics", "max_queues": "queues",
-    "max_groups": "groups", "claim_tables": "claim_tables", "claim_window": "claim_window",
-    "overflow_claims": "overflow_claims", "id_window": "ids", "max_message_bytes": "max_message_bytes",
-}
-cdef uint32_t SMALLEST_RECORD_BYTES = 88  # header and one byte of body
-cdef uint32_t RESERVE_SHARE = 16  # of the ring stays free for the broker's own records (R16)
+cdef tuple LIMIT_NAMES = (  # as in sb_limits
+    "clients", "waiters", "topics", "queues", "groups", "claim_tables", "claim_window", "overflow_claims", "ids", "blocks",
+    "reserve_bytes", "max_message_bytes",
+)
 
 
 cdef object code_error(sb_region *r, int code, str doing):
@@ -155,23 +152,23 @@ cdef sb_word *mark(sb_region *r, str name) except NULL:
     raise KeyError(name)
 
 
-cdef sb_limits make_limits(object limits, uint64_t ring_bytes) except *:
+cdef sb_limits make_limits(object limits) except *:
     cdef sb_limits l
     memset(&l, 0, sizeof(l))
-    known = {LIMIT_NAMES[name]: int(limits[name]) for name in LIMIT_NAMES}
-    l.clients = known["clients"]
-    l.waiters = known["waiters"]
-    l.topics = known["topics"]
-    l.queues = known["queues"]
-    l.groups = known["groups"]
-    l.claim_tables = known["claim_tables"]
-    l.claim_window = known["claim_window"]
-    l.overflow_claims = known["overflow_claims"]
-    l.ids = known["ids"]
-    l.max_message_bytes = known["max_message_bytes"]
-    # a full ring of the smallest records, and one block a queue that is never full (R7)
-    l.blocks = <uint32_t>(ring_bytes // SMALLEST_RECORD_BYTES // SB_BLOCK_ENTRIES) + l.queues + 8
-    l.reserve_bytes = <uint32_t>(ring_bytes // RESERVE_SHARE)
+    if set(limits) != set(LIMIT_NAMES):
+        raise ValueError(f"limits must name exactly {LIMIT_NAMES}")
+    l.clients = limits["clients"]
+    l.waiters = limits["waiters"]
+    l.topics = limits["topics"]
+    l.queues = limits["queues"]
+    l.groups = limits["groups"]
+    l.claim_tables = limits["claim_tables"]
+    l.claim_window = limits["claim_window"]
+    l.overflow_claims = limits["overflow_claims"]
+    l.ids = limits["ids"]
+    l.blocks = limits["blocks"]
+    l.reserve_bytes = limits["reserve_bytes"]
+    l.max_message_bytes = limits["max_message_bytes"]
     if sb_control_size(&l) == 0:
         raise _errors.ConfigError(f"a limit is out of range: {dict(limits)}")
     return l
@@ -209,7 +206,7 @@ cdef class Region:
 
     @staticmethod
     def sizes(limits, uint64_t ring_bytes):
-        cdef sb_limits l = make_limits(limits, ring_bytes)
+        cdef sb_limits l = make_limits(limits)
         return sb_control_size(&l), ring_bytes
 
     @staticmethod
@@ -217,7 +214,7 @@ cdef class Region:
                uint32_t epoch, bytes instance, bytes boot_id, directory, namespaces, str ring_name):
         cdef Region region = Region.__new__(Region)
         cdef sb_header h
-        cdef sb_limits l = make_limits(limits, ring_bytes)
+        cdef sb_limits l = make_limits(limits)
         cdef bytes name = ring_name.encode()
         if len(instance) != 16 or len(boot_id) != 16 or len(name) >= sizeof(h.ring_name):
             raise ValueError("instance and boot_id are 16 bytes, ring_name at most 63")
@@ -280,10 +277,9 @@ cdef class Region:
     def limits(self):
         cdef sb_limits *l = &self.open().limits
         return {
-            "max_clients": l.clients, "max_waiters": l.waiters, "max_topics": l.topics, "max_queues": l.queues,
-            "max_groups": l.groups, "claim_tables": l.claim_tables, "claim_window": l.claim_window,
-            "overflow_claims": l.overflow_claims, "id_window": l.ids, "max_message_bytes": l.max_message_bytes,
-            "blocks": l.blocks, "reserve_bytes": l.reserve_bytes,
+            "clients": l.clients, "waiters": l.waiters, "topics": l.topics, "queues": l.queues, "groups": l.groups,
+            "claim_tables": l.claim_tables, "claim_window": l.claim_window, "overflow_claims": l.overflow_claims,
+            "ids": l.ids, "blocks": l.blocks, "reserve_bytes": l.reserve_bytes, "max_message_bytes": l.max_message_bytes,
         }
 
     def get(self, str word):

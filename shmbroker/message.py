@@ -1,0 +1,91 @@
+"""Rules of messages beyond their types: what tags, keys and properties may hold. Called by the native Message.
+
+The names that RocketMQ keeps to itself (its ``MessageConst``) are refused as property names, so that messages can move
+between the two without one meaning the other's bookkeeping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from shmbroker.errors import MessageIllegal, PropertiesTooLarge
+
+ENCODED_BYTES_MAX: Final = 32_767  # RocketMQ: a signed 16-bit length
+NAME_VALUE_SEPARATOR: Final = "\x01"
+PROPERTY_SEPARATOR: Final = "\x02"
+RESERVED_NAMES: Final = frozenset(
+    "KEYS TAGS WAIT DELAY RETRY_TOPIC REAL_TOPIC REAL_QID TRAN_MSG PGROUP MIN_OFFSET MAX_OFFSET BUYER_ID ORIGIN_MESSAGE_ID "
+    "TRANSFER_FLAG CORRECTION_FLAG MQ2_FLAG RECONSUME_TIME MSG_REGION TRACE_ON UNIQ_KEY EXTEND_UNIQ_INFO MAX_RECONSUME_TIMES "
+    "CONSUME_START_TIME INNER_NUM INNER_BASE DUP_INFO CHECK_IMMUNITY_TIME_IN_SECONDS TRAN_PREPARED_QUEUE_OFFSET "
+    "__transactionId__ TRANSACTION_CHECK_TIMES INSTANCE_ID CORRELATION_ID REPLY_TO_CLIENT TTL ARRIVE_TIME PUSH_REPLY_TIME "
+    "CLUSTER MSG_TYPE POP_CK POP_CK_OFFSET 1ST_POP_TIME __SHARDINGKEY DLQ_ORIGIN_TOPIC DLQ_ORIGIN_MESSAGE_ID __CRC32# "
+    "__BORNHOST BORN_TIMESTAMP".split()
+)
+
+
+def check_tags(tags: object) -> str:
+    """One tag, or none. A pipe would make it two in a subscription's ``a || b``."""
+    if tags is None:
+        return ""
+    if not isinstance(tags, str):
+        raise MessageIllegal(f"tags must be a str, not {type(tags).__name__}")
+    if "|" in tags or tags == "*" or tags != tags.strip() or not tags.isprintable():
+        raise MessageIllegal(f"tags {tags!r}: one printable word without '|' and outer blanks, and not '*'")
+    return _bounded("tags", tags)
+
+
+def check_keys(keys: object) -> str:
+    """Keys as one string, separated by blanks."""
+    if keys is None:
+        return ""
+    if isinstance(keys, Iterable) and not isinstance(keys, str | bytes):
+        keys = " ".join(_key(key) for key in keys)
+    if not isinstance(keys, str):
+        raise MessageIllegal(f"keys must be a str or an iterable of str, not {type(keys).__name__}")
+    if not keys.isprintable():
+        raise MessageIllegal("keys must be printable")
+    return _bounded("keys", " ".join(keys.split()))
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str) or not key or key.split() != [key]:
+        raise MessageIllegal(f"key {key!r}: must be a str without blanks")
+    return key
+
+
+def check_properties(properties: Mapping[str, str] | None) -> dict[str, str]:
+    """A private copy of the properties. Raises MessageIllegal, PropertiesTooLarge."""
+    if not properties:
+        return {}
+    checked: dict[str, str] = {}
+    for name, value in properties.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise MessageIllegal(f"property {name!r}: name and value must be str")
+        if not name or NAME_VALUE_SEPARATOR in name + value or PROPERTY_SEPARATOR in name + value:
+            raise MessageIllegal(f"property {name!r}: an empty name, or one of the separators \\x01 and \\x02")
+        if name in RESERVED_NAMES or name.startswith("TIMER_"):
+            raise MessageIllegal(f"property {name!r}: the name is RocketMQ's own")
+        checked[name] = value
+    _bounded("properties", "".join(f"{n}\x01{v}\x02" for n, v in checked.items()))
+    return checked
+
+
+def _bounded(what: str, text: str) -> str:
+    try:
+        encoded = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise MessageIllegal(f"{what}: not valid Unicode: {error}") from error
+    if encoded > ENCODED_BYTES_MAX:
+        raise PropertiesTooLarge(f"{what}: {encoded} bytes encoded, at most {ENCODED_BYTES_MAX}")
+    return text
+
+
+def check_body(body: object) -> bytes:
+    """Bytes as they are; other bytes-like objects are copied."""
+    if isinstance(body, bytes):
+        return body
+    if isinstance(body, bytearray | memoryview):
+        return bytes(body)
+    hint = ": encode it first, e.g. body.encode()" if isinstance(body, str) else ""
+    raise MessageIllegal(f"body must be bytes, not {type(body).__name__}{hint}")

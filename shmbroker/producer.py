@@ -1,0 +1,170 @@
+"""Producer: policy around the native send path (which queue, which id, when to try again, who is told).
+
+The data path itself is ``_native/producer.pxi`` (fill, append, wait) and ``_native/append.c``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, SendResult, crc32c
+from shmbroker.completion import Completion
+from shmbroker.config import Config
+from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.naming import check_group, check_topic
+
+Result = TypeVar("Result")
+QueueSelector = Callable[[Sequence[int], Message, Any], int]
+
+
+class SendCallback(Protocol):
+    """RocketMQ's SendCallback: exactly one of the two is called, once, on a thread of the producer's."""
+
+    def on_success(self, result: SendResult) -> None:
+        """The message is stored; ``result.status`` says how durably."""
+
+    def on_exception(self, error: Exception) -> None:
+        """The message is not stored."""
+
+
+class ProducerHome(Protocol):
+    """What a producer asks of the broker handle that made it."""
+
+    config: Config
+
+    def attach(self) -> Client:
+        """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
+
+    def read_log(self, position: int) -> bytes:
+        """The record at ``position`` from the log's files."""
+
+
+class Producer(ProducerCore):
+    """Sends messages to topics. Thread-safe; after a fork, ask the broker for a new one.
+
+    ``send`` answers with a ``SendResult`` once the message is as durable as the broker's ``flush_disk_type`` promises, or
+    raises with nothing stored. ``group`` is the producer group: a name for people, and who is asked about transactions.
+    """
+
+    def __init__(self, home: ProducerHome, group: str) -> None:
+        config = home.config.runtime
+        super().__init__(
+            home.attach(),
+            check_group(group),
+            send_timeout=config.send_timeout_ms / 1000,
+            sync_flush_timeout=config.sync_flush_timeout_ms / 1000,
+        )
+        self._home = home
+        self._completion: Completion | None = None
+        self._closed = False
+
+    # ---- called by the native core for what is not the common case
+
+    def _missing_topic(self, topic: str) -> None:
+        runtime = self._home.config.runtime
+        if not runtime.auto_create_topics:
+            raise TopicNotExist(
+                f"topic {topic!r} does not exist and auto_create_topics is off: "
+                f"`shmbroker topic create {topic}` or broker.create_topic({topic!r})"
+            )
+        self.client.region.define_topic(check_topic(topic), runtime.default_topic_queues)
+
+    def _choose_queue(
+        self,
+        message: Message,
+        count: int,
+        selector: QueueSelector | None,
+        argument: Any,
+        sharding_key: str | bytes | None,
+        queue_id: int | None,
+    ) -> int:
+        if sum(given is not None for given in (selector, sharding_key, queue_id)) != 1:
+            raise BadRequest("give one of queue_id, sharding_key and selector")
+        if queue_id is not None:
+            return queue_id
+        if sharding_key is not None:  # the same key meets the same queue in every process and for as long as queues stay
+            return crc32c(sharding_key.encode() if isinstance(sharding_key, str) else sharding_key) % count
+        assert selector is not None
+        return selector(range(count), message, argument)
+
+    def _dedup_id(self, message: Message, dedup_key: str | bytes) -> tuple[int, int]:
+        """The id that this key gives to the message: whoever sends with it, the id is the same (R17)."""
+        key = dedup_key.encode() if isinstance(dedup_key, str) else bytes(dedup_key)
+        if not key:
+            raise BadRequest("an empty dedup_key")
+        digest = hashlib.blake2b(message.topic.encode() + b"\0" + key, digest_size=16).digest()
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+    def _read_log(self, position: int) -> bytes:
+        return self._home.read_log(position)
+
+    def _send_again(self, send: Callable[[float], Result], timeout: float | None) -> Result:
+        """The broker this producer was attached to has stopped: attach to its successor and send, with nothing stored
+        by the failed try (retry_times_when_send_failed), all within the one send timeout."""
+        runtime = self._home.config.runtime
+        deadline = time.monotonic() + (runtime.send_timeout_ms / 1000 if timeout is None else timeout)
+        for tries_left in range(runtime.retry_times_when_send_failed, 0, -1):
+            if self._closed:
+                break
+            self._rebind(self._home.attach())
+            try:
+                return send(max(0.0, deadline - time.monotonic()))
+            except BrokerClosed:
+                if tries_left == 1 or time.monotonic() >= deadline:
+                    raise
+        raise BrokerClosed("this producer was closed" if self._closed else "the broker has stopped")
+
+    # ---- sending
+
+    def send_async(
+        self,
+        message: Message,
+        callback: SendCallback | None = None,
+        timeout: float | None = None,
+        *,
+        selector: QueueSelector | None = None,
+        argument: Any = None,
+        sharding_key: str | bytes | None = None,
+        queue_id: int | None = None,
+        dedup_key: str | bytes | None = None,
+    ) -> None:
+        """Append now, in the order of the calls; tell ``callback`` when the message is as durable as promised.
+
+        Waits only for room in the ring. Bad input raises here; what happens later reaches ``on_exception``.
+        """
+        completion = self._completion
+        if completion is None:
+            completion = self._completion = Completion(self._settle)
+        with completion.order:
+            try:
+                result = self._store_only(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+            except BadRequest:
+                raise
+            except Exception as error:  # whatever kept it from being stored belongs to the callback
+                completion.failed(callback, error)
+            else:
+                completion.stored(callback, result, message.wait_store_ok)
+
+    # ---- life
+
+    def close(self) -> None:
+        """Wait for the callbacks of what was sent, then refuse further sends. The broker goes on."""
+        self._closed = True
+        if self._completion is not None:
+            self._completion.close()
+        self._shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+__all__ = ["BatchResult", "Message", "Producer", "QueueSelector", "SendCallback", "SendResult"]

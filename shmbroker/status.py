@@ -1,0 +1,14 @@
+"""What a send has reached, in RocketMQ's words (its 4.x meaning)."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class SendStatus(IntEnum):
+    """Whichever it is: the message is stored in memory and will be delivered. They differ in what is proven beyond that."""
+
+    SEND_OK = 0  # as durable as the broker's flush_disk_type and broker_role promise
+    FLUSH_DISK_TIMEOUT = 1  # SYNC_FLUSH: not known to be on the disk in time, or the disk failed
+    FLUSH_SLAVE_TIMEOUT = 2  # SYNC_MASTER: the slave did not answer in time
+    SLAVE_NOT_AVAILABLE = 3  # SYNC_MASTER: there is no slave in step
