@@ -253,8 +253,9 @@ uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group)
 uint32_t sb_wake_topics_since(sb_region *r, uint64_t from, uint64_t to)
 {
     uint32_t posts = 0;
+    uint64_t ever = sb_load(&sb_marks(r)->next_topic_id); /* slots are taken from the lowest: no more than these were used */
     sb_fence();
-    for (uint32_t i = 0; i < r->limits.topics && from < to; i++) {
+    for (uint32_t i = 0; i < r->limits.topics && i < ever && from < to; i++) {
         sb_topic *t = sb_topic_at(r, i);
         if (sb_load(&t->state) == SB_SLOT_LIVE && sb_load(&t->last_position) >= from) {
             posts += wake_sleepers(r, i, SB_NIL);
