@@ -89,6 +89,7 @@ class SegmentPool:
         self._writer_base = position - position % segment_bytes
         self._end = self._writer_base
         self._user_capacity = 0
+        self._told = (-1, -1)
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.error: Exception | None = None  # why the last attempt to make a segment failed; None once one succeeded
@@ -276,7 +277,9 @@ class SegmentPool:
             self._user_capacity = max(self._user_capacity, self._end - self._reserve_bytes)
 
     def _tell(self) -> None:
-        if self._on_capacity is not None:
-            with self._changed:
-                user, system = self._user_capacity, self._end
-            self._on_capacity(user, system)
+        with self._changed:
+            now = self._user_capacity, self._end
+            if now == self._told or self._on_capacity is None:
+                return
+            self._told = now
+        self._on_capacity(*now)
