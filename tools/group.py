@@ -1,0 +1,112 @@
+"""``shmbroker group``: how far consumer groups are, and what they hold back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from shmbroker.tools import console
+from shmbroker.tools.session import Session, common_options, pass_session
+
+
+@click.group()
+@common_options
+def group() -> None:
+    """Show consumer groups, their lag, and what they hold back.
+
+    \b
+    shmbroker group list
+    shmbroker group show audit
+    """
+
+
+@group.command(name="list")
+@common_options
+@pass_session
+def list_groups(session: Session) -> None:
+    """List the groups: lag in messages, bytes and seconds, and the log that they keep from being deleted.
+
+    \b
+    shmbroker group list
+    shmbroker --json group list | jq '.[] | select(.lag_messages > 1000) | .group'
+    """
+    found = _lags(session, None)
+    if session.json:
+        console.print_json([{key: value for key, value in lag.items() if key != "queues"} for lag in found])
+        return
+    console.table(
+        "",
+        ["group", ">lag", ">bytes", ">oldest", ">in flight", ">log held back"],
+        [(lag["group"], *_cells(lag), console.size(lag["held_back_bytes"])) for lag in found],
+        empty="no groups",
+    )
+
+
+@group.command()
+@common_options
+@click.argument("name")
+@pass_session
+def show(session: Session, name: str) -> None:
+    """Show one group queue by queue, and who holds its oldest unacknowledged message.
+
+    \b
+    shmbroker group show audit
+    shmbroker --json group show audit | jq .held_back_bytes
+    """
+    (lag,) = _lags(session, name)
+    if session.json:
+        console.print_json(lag)
+        return
+    rows = [
+        (
+            "subscription",
+            ", ".join(f"{topic}: {tags}" for topic, tags in lag["subscription"].items()) or "no live member",
+        ),
+        ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),
+        ("in flight", f"{lag['in_flight']:,}"),
+        ("log held back", console.size(lag["held_back_bytes"])),
+        ("delivered", f"{lag['delivered']:,}, of them again {lag['redelivered']:,}"),
+    ]
+    console.table("", ["group", name], rows)
+    console.table(
+        "queues",
+        ["topic", ">queue", ">done to", ">next", ">lag", ">bytes", ">oldest", ">in flight", "oldest unacknowledged"],
+        [
+            (
+                queue["topic"],
+                queue["queue_id"],
+                f"{queue['base']:,}",
+                f"{queue['next_offset']:,}",
+                *_cells(queue),
+                _holder(queue["oldest"]),
+            )
+            for queue in lag["queues"]
+        ],
+    )
+
+
+def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
+    oldest = console.duration(lag["lag_seconds"]) if lag["lag_messages"] else "-"
+    return f"{lag['lag_messages']:,}", console.size(lag["lag_bytes"]), oldest, f"{lag['in_flight']:,}"
+
+
+def _holder(oldest: dict[str, Any] | None) -> str:
+    if oldest is None:
+        return "-"
+    who = f"held by {oldest['pid']} ({oldest['name']})" if oldest["pid"] else "held by nobody"
+    return f"{oldest['message_id']} attempts {oldest['attempts']}, {who}"
+
+
+def _lags(session: Session, name: str | None) -> list[dict[str, Any]]:
+    from shmbroker.tools.group_lag import lags
+
+    from shmbroker.errors import GroupNotExist
+
+    with session.open() as broker:
+        found = lags(session.paths, broker.region)
+    if name is None:
+        return found
+    chosen = [lag for lag in found if lag["group"] == name]
+    if not chosen:
+        raise GroupNotExist(f"group {name!r} does not exist; `shmbroker group list` shows those that do")
+    return chosen

@@ -1,0 +1,150 @@
+"""``shmbroker log``: dump, verify and rebuild."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from shmbroker.tools import console
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
+
+if TYPE_CHECKING:
+    from shmbroker.tools.stored_log import StoredLog, Verdict
+
+    from shmbroker._native._core import Record
+
+
+@click.group()
+@common_options
+def log() -> None:
+    """Look at the commit log itself, whether or not a broker runs.
+
+    \b
+    shmbroker log dump --limit 20
+    shmbroker log verify
+    shmbroker log rebuild
+    """
+
+
+def _open(session: Session) -> StoredLog:
+    from shmbroker.tools.stored_log import StoredLog
+
+    paths = session.require_directory()
+    found = session.attach()
+    return StoredLog(paths, found[0] if found else None)
+
+
+@log.command()
+@common_options
+@click.option("--from", "start", type=click.IntRange(0), help="Position to begin at.  [default: the oldest segment]")
+@click.option("--to", "end", type=click.IntRange(0), help="Position to stop before.  [default: the end]")
+@click.option("--limit", type=click.IntRange(1), help="Leave after so many records.")
+@click.option("--kind", help="Only records of this kind: message, topic, progress, ...")
+@click.option("--body/--no-body", default=False, help="Print bodies as well.")
+@pass_session
+def dump(session: Session, start: int | None, end: int | None, limit: int | None, kind: str | None, body: bool) -> int:
+    """Print the records of the log, one line each.
+
+    \b
+    shmbroker log dump --from 1048576 --limit 10 --body
+    shmbroker --json log dump --kind topic | jq .body
+
+    Leaves with 1 if it ends at a place where a record should be and is not.
+    """
+    from shmbroker.record import RecordKind, next_position
+
+    if kind is not None and kind.upper() not in RecordKind.__members__:
+        raise click.BadParameter(f"{kind}: one of {', '.join(name.lower() for name in RecordKind.__members__)}")
+    stored = _open(session)
+    start = stored.first if start is None else stored.align(start)
+    end = min(stored.limit if end is None else end, stored.limit)
+    position, printed = start, 0
+    for record in stored.records(start, end):
+        if record.position >= end:
+            return ExitCode.OK
+        position = next_position(record.position, record.size, stored.segment_bytes)
+        if kind is None or record.kind == RecordKind[kind.upper()]:
+            click.echo(_as_json(record, body) if session.json else _as_line(record, body))
+            printed += 1
+        if printed == limit:
+            return ExitCode.OK
+    if position < min(end, stored.durable):
+        raise Failure(
+            f"no valid record at position {position}; `shmbroker log verify` shows the extent", ExitCode.FINDING
+        )
+    return ExitCode.OK
+
+
+def _kind_name(record: Record) -> str:
+    from shmbroker.record import RecordKind
+
+    return RecordKind(record.kind).name.lower() if record.kind in list(RecordKind) else str(record.kind)
+
+
+def _as_line(record: Record, body: bool) -> str:
+    parts = [f"{record.position:>14} epoch {record.epoch} {_kind_name(record):<14} {record.size:>7} B"]
+    if record.kind == 1:
+        parts.append(f"topic {record.topic_id} queue {record.queue_id} offset {record.queue_offset}")
+        parts.append(f"id {record.message_id}")
+    parts += [f"{name} {value!r}" for name in ("tags", "keys") if (value := getattr(record, name))]
+    if record.group_bytes:
+        parts.append(f"group of {record.group_bytes} B")
+    if record.attempts:
+        parts.append(f"attempts {record.attempts}")
+    if body:
+        parts.append(repr(record.body))
+    return "  ".join(parts)
+
+
+def _as_json(record: Record, body: bool) -> str:
+    from shmbroker.tools.receive import body_fields
+
+    fields: dict[str, Any] = {name: getattr(record, name) for name in RECORD_FIELDS} | {"kind": _kind_name(record)}
+    return json.dumps(fields | (body_fields(record.body) if body else {}), ensure_ascii=False)
+
+
+RECORD_FIELDS = (
+    "position", "size", "epoch", "flushed", "kind", "flags", "topic_id", "queue_id", "queue_offset", "message_id",
+    "born_ns", "group_bytes", "attempts", "tags", "keys", "properties", "crc",
+)  # fmt: skip
+
+
+@log.command()
+@common_options
+@pass_session
+def verify(session: Session) -> int:
+    """Read every byte of the log and account for it.
+
+    \b
+    shmbroker log verify
+    shmbroker --json log verify | jq .damages
+
+    Leaves with 0 if the log is sound, 1 if something durable is damaged: each place is named. A torn end that no sender
+    was told to be durable is no damage; the next start cuts it.
+    """
+    stored = _open(session)
+    with console.progress("verifying", stored.limit - stored.first) as advance:
+        verdict = stored.verify(advance)
+    stored.close()
+    report(session, verdict)
+    return ExitCode.OK if verdict.sound else ExitCode.FINDING
+
+
+def report(session: Session, verdict: Verdict) -> None:
+    """Print what reading a log has shown."""
+    if session.json:
+        console.print_json(verdict.as_dict())
+        return
+    rows = [
+        ("positions", f"{verdict.first:,} .. {verdict.end:,}"),
+        ("segments", f"{verdict.segments:,}"),
+        ("records", f"{verdict.records:,}"),
+        ("messages", f"{verdict.messages:,}"),
+        ("torn end", console.size(verdict.torn_bytes) if verdict.torn_bytes else "none"),
+        ("damaged places", f"{len(verdict.damages):,}"),
+    ]
+    console.table("", ["log", ""], rows)
+    for damage in verdict.damages:
+        click.secho(f"! {damage.position:,} .. {damage.end:,} ({damage.path}): {damage.what}", fg="red")
