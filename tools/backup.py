@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from shmbroker._native._core import crc32c
+from shmbroker.config import FILE_NAME
+from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.store.files import sync_directory
 from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 from shmbroker.tools.stored_log import StoredLog
-
-from shmbroker._native._core import crc32c
-from shmbroker.config import FILE_NAME
-from shmbroker.naming import BrokerPaths, segment_name
 
 if TYPE_CHECKING:
     from shmbroker.broker import Broker

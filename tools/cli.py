@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 import click
-from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
-from shmbroker.tools.session import common_options
 
 from shmbroker.errors import ShmBrokerError
+from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
+from shmbroker.tools.session import Failure, common_options
 
 # name: (module, one line for --help). The line stands here so that --help loads no module.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -88,6 +88,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except Failure as failure:
+        click.echo(f"shmbroker: {failure}", err=True)
+        return failure.code
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED
     except Terminated:
@@ -97,7 +100,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return ExitCode.OK
     except (ShmBrokerError, OSError) as error:
         hint = remedy(error)
-        click.echo(f"shmbroker: {type(error).__name__}: {error}{f' ({hint})' if hint else ''}", err=True)
+        notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        click.echo(f"shmbroker: {type(error).__name__}: {error}{f' ({hint})' if hint else ''}{notes}", err=True)
         return exit_code(error)
     return int(result) if isinstance(result, int) else ExitCode.OK
 

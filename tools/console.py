@@ -42,19 +42,19 @@ def duration(seconds: float) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
     """A table on stdout. A column whose name begins with ``>`` is right-aligned. Plain text when nobody watches."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    if not rows:
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not cells:
         click.echo(f"{title}: {empty}" if title else empty)
         return
     if not sys.stdout.isatty():
-        _plain_table(title, [name.lstrip(">") for name in columns], rows)
+        _plain_table(title, [name.lstrip(">") for name in columns], cells)
         return
     from rich import box
     from rich.console import Console
     from rich.markup import escape
 
     drawn = _rich_table(title, box.SIMPLE_HEAD, columns)
-    for row in rows:
+    for row in cells:
         drawn.add_row(*(escape(cell) for cell in row))
     Console().print(drawn)
 

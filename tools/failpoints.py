@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from shmbroker.tools import console
 from shmbroker.tools.session import Session, common_options, pass_session
 

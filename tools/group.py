@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+
 from shmbroker.tools import console
 from shmbroker.tools.session import Session, common_options, pass_session
 
@@ -98,9 +99,8 @@ def _holder(oldest: dict[str, Any] | None) -> str:
 
 
 def _lags(session: Session, name: str | None) -> list[dict[str, Any]]:
-    from shmbroker.tools.group_lag import lags
-
     from shmbroker.errors import GroupNotExist
+    from shmbroker.tools.group_lag import lags
 
     with session.open() as broker:
         found = lags(session.paths, broker.region)

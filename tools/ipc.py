@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+
+from shmbroker.naming import is_object_name
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session
-
-from shmbroker.naming import is_object_name
 
 SHM: Final = Path("/dev/shm")
 _MAPPED: Final = re.compile(r"/dev/shm(/shmbroker-[0-9a-f]{32})-[cr]")

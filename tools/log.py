@@ -6,14 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 if TYPE_CHECKING:
-    from shmbroker.tools.stored_log import StoredLog, Verdict
-
     from shmbroker._native._core import Record
+    from shmbroker.tools.stored_log import StoredLog, Verdict
 
 
 @click.group()

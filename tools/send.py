@@ -7,11 +7,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import click
+
+from shmbroker.errors import ShmBrokerError
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session
@@ -58,12 +59,17 @@ def send(
     statuses: Counter[str] = Counter()
     with session.open(create=True, **settings) as broker, broker.producer(group) as producer:
         started = time.monotonic()
-        with console.progress("sending", lines.size) as advance, closing(iter(lines)) as bodies:
-            while chunk := list(islice(bodies, batch)):
-                statuses[_send(producer, topic, chunk, tag, keys)] += len(chunk)
-                advance(sum(map(len, chunk)) + len(chunk))
-        seconds = time.monotonic() - started
-    _report(session, statuses, lines, seconds)
+        try:
+            with console.progress("sending", lines.size) as advance:
+                bodies = iter(lines)
+                while chunk := list(islice(bodies, batch)):
+                    statuses[_send(producer, topic, chunk, tag, keys)] += len(chunk)
+                    advance(sum(map(len, chunk)) + len(chunk))
+        except ShmBrokerError as error:
+            error.add_note(f"Stopped behind line {lines.done(statuses.total())}; what stands before it was sent.")
+            raise
+        finally:  # whoever is interrupted wants to know how far it came
+            _report(session, statuses, lines, time.monotonic() - started)
     return ExitCode.OK if set(statuses) <= {"SEND_OK"} else ExitCode.FINDING
 
 
@@ -84,6 +90,10 @@ class _Lines:
                 yield body
             else:
                 self.empty += 1
+
+    def done(self, sent: int) -> int:
+        """Number of the line up to which all are dealt with, when ``sent`` messages were sent."""
+        return sent + self.empty
 
 
 def _send(producer: Producer, topic: str, bodies: list[bytes], tag: str | None, keys: tuple[str, ...]) -> str:

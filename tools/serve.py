@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import click
-from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 from shmbroker.config import FILE_NAME
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor")
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
-from shmbroker.tools.exit_codes import ExitCode
 
 from shmbroker.naming import BrokerPaths
+from shmbroker.tools.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from shmbroker.broker import Broker
-
     from shmbroker._native._core import Region
+    from shmbroker.broker import Broker
     from shmbroker.descriptor import Descriptor
 
 DEFAULT_DIRECTORY: Final = "shmbroker-data"
@@ -23,15 +22,12 @@ ENVIRONMENT_KEY: Final = "SHMBROKER_DIRECTORY"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Failure(click.ClickException):
+class Failure(Exception):
     """A command ends with one line on stderr and a named exit code."""
 
     def __init__(self, message: str, code: ExitCode) -> None:
         super().__init__(message)
-        self.exit_code = code
-
-    def show(self, file: Any = None) -> None:  # noqa: ARG002 - click's signature
-        click.echo(f"shmbroker: {self.message}", err=True)
+        self.code = code
 
 
 class Session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session

@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shmbroker.store.checkpoint import CheckpointFile
-from shmbroker.store.commit_log import WINDOW_BYTES, LogReader
-from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError, SegmentHeader, list_segments
-from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Failure
-
 from shmbroker._native import _core
 from shmbroker._native._core import RECORD_ALIGN_BYTES
 from shmbroker.naming import BrokerPaths, segment_name
+from shmbroker.store.checkpoint import CheckpointFile
+from shmbroker.store.commit_log import WINDOW_BYTES, LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES
+from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError, SegmentHeader, list_segments
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Record, Region

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-from shmbroker.tools.stored_log import StoredLog
+from typing import TYPE_CHECKING, Self
 
 from shmbroker._native._core import RECORD_HEADER_BYTES, Record, decode_record
 from shmbroker.errors import CorruptLog, PositionGone, TopicNotExist
 from shmbroker.record import RecordKind, next_position
 from shmbroker.store.consume_queue import ConsumeQueues, Entry
 from shmbroker.store.key_index import KeyIndex
+from shmbroker.tools.stored_log import StoredLog
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Region
