@@ -24,7 +24,7 @@ from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
 from shmbroker.record import Record, decode_record
-from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError, list_segments
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, list_segments
 from shmbroker.store.segment_pool import SegmentPool
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
@@ -64,9 +64,9 @@ class CommitLog:
                 piece = data[: segment.end - position]
                 torn = failpoint("flusher.pwrite")  # torn: a part of the range, whatever its length
                 if torn is not None:
-                    os.pwrite(segment.fd, piece[:torn], HEADER_BYTES + position - segment.base)
+                    os.pwrite(segment.fd, piece[:torn], SEGMENT_HEADER_BYTES + position - segment.base)
                     die()
-                written = os.pwrite(segment.fd, piece, HEADER_BYTES + position - segment.base)
+                written = os.pwrite(segment.fd, piece, SEGMENT_HEADER_BYTES + position - segment.base)
                 if written <= 0:
                     raise OSError(errno.EIO, "pwrite wrote nothing")
                 position += written
@@ -196,7 +196,7 @@ class LogReader:
         if base < min(list_segments(self._directory), default=0):
             return PositionGone(f"position {position}: retention has taken its segment")
         return CorruptLog(
-            f"{path}, byte {HEADER_BYTES + position - base} (position {position}): {what}. "
+            f"{path}, byte {SEGMENT_HEADER_BYTES + position - base} (position {position}): {what}. "
             "`shmbroker log verify` shows the extent, `shmbroker log repair` cuts there and keeps a copy",
             position,
             str(path),

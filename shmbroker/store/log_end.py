@@ -18,7 +18,7 @@ from shmbroker.naming import segment_name
 from shmbroker.record import RECORD_HEADER_BYTES, Record, RecordKind, next_position, padded
 from shmbroker.store.checkpoint import Checkpoint
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.segment import HEADER_BYTES, Segment, list_segments
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, list_segments
 
 _EPOCH_MAX: Final = 2**32 - 1
 _EPOCH_AT: Final = 16
@@ -158,7 +158,7 @@ def corrupt(place: LogPlace, position: int, why: str) -> CorruptLog:
     """The error that says where the damage is and what to do about it."""
     path = place.path(position)
     return CorruptLog(
-        f"{path}, byte {HEADER_BYTES + position - place.base(position)}: no valid record at position {position}, but "
+        f"{path}, byte {SEGMENT_HEADER_BYTES + position - place.base(position)}: no valid record at position {position}, but "
         f"{why}: this is damage, not a torn tail. Nothing was changed. `shmbroker log verify` shows the extent; "
         "`shmbroker log repair` cuts the log there and keeps a copy",
         position,

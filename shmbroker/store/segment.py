@@ -26,7 +26,7 @@ from shmbroker.failpoint import failpoint
 from shmbroker.naming import segment_name, segment_start
 from shmbroker.store.files import open_file, pread_into, pwrite_all, sync_directory, write_zeros
 
-HEADER_BYTES: Final = 4096
+SEGMENT_HEADER_BYTES: Final = 4096
 VERSION: Final = 1
 TEMPORARY: Final = ".tmp"
 _MAGIC: Final = b"SHMBSEG\0"
@@ -74,13 +74,13 @@ class SegmentHeader:
     def encode(self) -> bytes:
         """The header page."""
         fields = _FIELDS.pack(_MAGIC, VERSION, 0, self.base, self.segment_bytes, self.epoch, 0, self.store)
-        return (fields + _CRC.pack(crc32c(fields))).ljust(HEADER_BYTES, b"\0")
+        return (fields + _CRC.pack(crc32c(fields))).ljust(SEGMENT_HEADER_BYTES, b"\0")
 
     @staticmethod
     def parse(page: bytes, path: Path) -> SegmentHeader:
         """Read a header page; a SegmentError says what is wrong with it."""
-        if len(page) < HEADER_BYTES:
-            raise SegmentTruncated(f"{path}: {len(page)} bytes, its header alone has {HEADER_BYTES}", None, str(path))
+        if len(page) < SEGMENT_HEADER_BYTES:
+            raise SegmentTruncated(f"{path}: {len(page)} bytes, its header alone has {SEGMENT_HEADER_BYTES}", None, str(path))
         magic, version, _, base, segment_bytes, epoch, _, store = _FIELDS.unpack_from(page)
         if magic != _MAGIC:
             raise SegmentMagic(f"{path}: starts with {magic!r}, a segment starts with {_MAGIC!r}", None, str(path))
@@ -124,12 +124,12 @@ class Segment:
         """Open and check a segment. FileNotFoundError, or a SegmentError that says what is wrong with it."""
         fd = open_file(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
-            header = SegmentHeader.parse(os.pread(fd, HEADER_BYTES, 0), path)
+            header = SegmentHeader.parse(os.pread(fd, SEGMENT_HEADER_BYTES, 0), path)
             header.check_place(path, segment_bytes, store)
             size = os.fstat(fd).st_size
-            if size != HEADER_BYTES + segment_bytes:
+            if size != SEGMENT_HEADER_BYTES + segment_bytes:
                 raise SegmentTruncated(
-                    f"{path}: {size} bytes, a segment has {HEADER_BYTES + segment_bytes}", header.base, str(path)
+                    f"{path}: {size} bytes, a segment has {SEGMENT_HEADER_BYTES + segment_bytes}", header.base, str(path)
                 )
         except BaseException:
             os.close(fd)
@@ -153,7 +153,7 @@ class Segment:
         fd = open_file(temporary, os.O_RDWR | os.O_CREAT)
         try:
             failpoint("segment.created")  # leaves an empty .tmp
-            os.posix_fallocate(fd, 0, HEADER_BYTES + header.segment_bytes)
+            os.posix_fallocate(fd, 0, SEGMENT_HEADER_BYTES + header.segment_bytes)
             pwrite_all(fd, header.encode(), 0)
             failpoint("segment.allocated")  # leaves a .tmp with or without its blocks
             os.fsync(fd)
@@ -171,7 +171,7 @@ class Segment:
 
     def offset(self, position: int) -> int:
         """Where ``position`` lies in the file."""
-        return HEADER_BYTES + position - self.base
+        return SEGMENT_HEADER_BYTES + position - self.base
 
     def read_into(self, buffer: memoryview, position: int) -> int:
         """Read log bytes from ``position`` on; the number read, fewer than asked for at the segment's end."""
@@ -195,11 +195,11 @@ class Segment:
 
         File systems that cannot tell answer the segment's end.
         """
-        return self.base + max(0, os.lseek(self.fd, HEADER_BYTES, os.SEEK_HOLE) - HEADER_BYTES)
+        return self.base + max(0, os.lseek(self.fd, SEGMENT_HEADER_BYTES, os.SEEK_HOLE) - SEGMENT_HEADER_BYTES)
 
     def moved(self) -> bool:
         """True if the file behind this descriptor has been given to another part of the log meanwhile."""
-        page = os.pread(self.fd, HEADER_BYTES, 0)
+        page = os.pread(self.fd, SEGMENT_HEADER_BYTES, 0)
         return SegmentHeader.parse(page, self.path).base != self.base
 
     def close(self) -> None:

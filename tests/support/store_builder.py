@@ -20,7 +20,7 @@ from shmbroker.record import (
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.log_end import LogPlace
 from shmbroker.store.recovery import Recovery, recover
-from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentHeader
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader
 
 STORE = bytes(range(16))
 SEGMENT = 8192
@@ -86,7 +86,9 @@ class StoreBuilder:
     def append(self, kind: int, body: bytes, **fields: Any) -> int:
         size = HEADER + len(body)
         position = self._room(padded(size))
-        self._write(encode_record(position=position, epoch=self.epoch, flushed=self.flushed, kind=kind, body=body, **fields))
+        self._write(
+            encode_record(position=position, epoch=self.epoch, flushed=self.flushed, kind=kind, body=body, **fields)
+        )
         return position
 
     def sync(self) -> None:
@@ -105,7 +107,11 @@ class StoreBuilder:
         self.position = position
         if size > left:
             filler = encode_record(
-                position=position, epoch=self.epoch, flushed=self.flushed, kind=RecordKind.FILLER, body=bytes(left - HEADER)
+                position=position,
+                epoch=self.epoch,
+                flushed=self.flushed,
+                kind=RecordKind.FILLER,
+                body=bytes(left - HEADER),
             )
             self._write(filler)
         return self.position
@@ -127,7 +133,7 @@ class StoreBuilder:
             if not path.exists():
                 self.make_segment(base)
             with path.open("r+b") as file:
-                file.seek(HEADER_BYTES + position - base)
+                file.seek(SEGMENT_HEADER_BYTES + position - base)
                 file.write(piece)
             position, data = position + len(piece), data[len(piece) :]
 
@@ -142,7 +148,7 @@ class StoreBuilder:
             base = position - position % self.segment_bytes
             piece = min(size, base + self.segment_bytes - position)
             path = self.place.path(position)
-            found = path.read_bytes()[HEADER_BYTES + position - base :][:piece] if path.exists() else b""
+            found = path.read_bytes()[SEGMENT_HEADER_BYTES + position - base :][:piece] if path.exists() else b""
             data += found.ljust(piece, b"\0")
             position, size = position + piece, size - piece
         return data
