@@ -89,17 +89,19 @@ def test_the_newest_write_is_read_by_whoever_opens_the_file(tmp_path: Path) -> N
         (0, PAGE_BYTES, 3),
         (PAGE_BYTES + 24, 1, 2),
         (PAGE_BYTES, PAGE_BYTES, 2),
-        (PAGE_BYTES // 2, PAGE_BYTES, 2),
+        (PAGE_BYTES // 2, PAGE_BYTES, None),
     ],
     ids=["none", "older copy", "a byte of the newer", "newer copy", "half of the older, half of the newer"],
 )
-def test_the_other_copy_counts_when_one_is_damaged(tmp_path: Path, offset: int, size: int, expected: int) -> None:
+def test_the_other_copy_counts_when_one_is_damaged(
+    tmp_path: Path, offset: int, size: int, expected: int | None
+) -> None:
     path = tmp_path / "checkpoint"
     write(path, at(1), at(2), at(3))
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xee" * size)
-    assert content(CheckpointFile(path).read()) == at(expected)
+    assert content(CheckpointFile(path).read()) == (None if expected is None else at(expected))
     write(path, at(4))
     assert content(CheckpointFile(path).read()) == at(4)
 

@@ -18,7 +18,7 @@ from shmbroker import failpoint
 from shmbroker._native._core import crc32c
 from shmbroker.errors import CorruptLog, StoreFull
 from shmbroker.naming import segment_name
-from shmbroker.store import segment as module
+from shmbroker.store import files
 from shmbroker.store.segment import (
     SEGMENT_HEADER_BYTES,
     Segment,
@@ -43,7 +43,7 @@ def header(base: int = 0) -> SegmentHeader:
     return SegmentHeader(base, BYTES, 3, STORE)
 
 
-def overwrite(path: Path, offset: int, data: bytes) -> None:
+def overwrite(path: Path, offset: int, data: bytes | bytearray) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
@@ -105,11 +105,11 @@ def test_each_thing_that_can_be_wrong_with_a_header_has_its_own_error(
     Segment.create(tmp_path, header()).close()
     path = tmp_path / segment_name(0)
     damage(path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(error, match=segment_name(0)):
         Segment.open(path, BYTES, STORE)
     assert issubclass(error, CorruptLog)
-    assert len(os.listdir("/proc/self/fd")) == before, "no descriptor is left open"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, "no descriptor is left open"
 
 
 def test_every_bit_of_the_used_header_is_covered(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_filling_stops_in_the_segment_that_the_writer_has_entered(
 ) -> None:
     pool = pool_at(tmp_path)
     inside, go_on = threading.Event(), threading.Event()
-    write_zeros = module.write_zeros
+    write_zeros = files.write_zeros
 
     def slow(fd: int, offset: int, size: int) -> None:
         inside.set()
@@ -223,7 +223,7 @@ def test_filling_stops_in_the_segment_that_the_writer_has_entered(
         write_zeros(fd, offset, size)
 
     monkeypatch.setattr("shmbroker.store.segment_pool.ZERO_STEP_BYTES", BYTES // 8)
-    monkeypatch.setattr(module, "write_zeros", slow)
+    monkeypatch.setattr("shmbroker.store.segment.write_zeros", slow)
     pool.start()
     assert inside.wait(10)
     taken: list[Segment] = []
@@ -312,7 +312,7 @@ def test_a_full_disk_keeps_the_reserve_from_users_and_space_that_returns_is_used
 ) -> None:
     pool = pool_at(tmp_path)
     work_off(pool)
-    full = True
+    full = [True]
     fallocate = os.posix_fallocate
 
     def on_a_full_disk(fd: int, offset: int, size: int) -> None:
@@ -331,7 +331,7 @@ def test_a_full_disk_keeps_the_reserve_from_users_and_space_that_returns_is_used
         pool.take(4 * BYTES)
     assert list_segments(tmp_path)[-1] == 3 * BYTES
     assert not list(tmp_path.glob("*.tmp")), "an attempt in vain leaves nothing"
-    full = False
+    full.clear()
     work_off(pool)
     assert (pool.user_capacity, pool.system_capacity) == (5 * BYTES, 7 * BYTES)
     assert pool.error is None
