@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -103,6 +104,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         click.echo(f"shmbroker: {type(error).__name__}: {error}{f' ({hint})' if hint else ''}{notes}", err=True)
         return exit_code(error)
+    except Exception:  # Python's own code for a traceback is 1, which means "finding" here
+        traceback.print_exc()
+        click.echo("shmbroker: this is a fault of shmbroker; please report it with the lines above", err=True)
+        return ExitCode.INTERNAL
     return int(result) if isinstance(result, int) else ExitCode.OK
 
 

@@ -142,7 +142,7 @@ class StoredLog:
             nonlocal epoch
             behind, count, last_epoch, _ = _core.skim(data, position, epoch, self.segment_bytes)
             checked = data[: behind - position]
-            runs = _core.dispatch_scan(checked, position, epoch, self.segment_bytes, count, check_crc=False)[0]
+            runs = _core.dispatch_scan(checked, position, epoch, self.segment_bytes, max(1, count), check_crc=False)[0]
             verdict.records += count
             verdict.messages += sum(len(entries) // ENTRY_BYTES for *_, entries in runs)
             epoch = last_epoch
