@@ -115,7 +115,7 @@ cdef class ProducerCore:
 
     # -- filling
 
-    cdef int fill(self, sb_region *r, sb_item *item, Message message) except -1:
+    cdef int fill(self, sb_region *r, sb_item *item, Message message, int64_t born_ns) except -1:
         """Parts and CRC of one message: everything that needs no lock (R12)."""
         cdef Py_ssize_t length = 0
         cdef uint32_t crc = 0
@@ -144,7 +144,7 @@ cdef class ProducerCore:
         item.kind = SB_KIND_MESSAGE
         if not message.wait_store_ok:
             item.flags = SB_FLAG_WAIT_STORE_NOT_OK
-        item.born_ns = sb_realtime_ns()
+        item.born_ns = born_ns
         item.incarnation = self.client.incarnation
         return 0
 
@@ -209,7 +209,7 @@ cdef class ProducerCore:
         cdef uint64_t end = 0
         cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
         cdef int code
-        self.fill(r, &item, message)
+        self.fill(r, &item, message, sb_realtime_ns())
         if selector is None and sharding_key is None and queue_id is None:
             queue = self.next_queue % route.count
             self.next_queue += 1
@@ -267,8 +267,12 @@ cdef class ProducerCore:
         try:
             return self.send_once(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
         except _errors.BrokerClosed:
-            return self._send_again(
-                lambda left: self.send_once(message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
+            return self._resend(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+
+    def _resend(self, message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        """Apart from send, whose every call would else pay for the closure."""
+        return self._send_again(
+            lambda left: self.send_once(message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
     def send_oneway(self, Message message not None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
         self.store(message, None, selector, argument, sharding_key, queue_id, None)
@@ -287,8 +291,11 @@ cdef class ProducerCore:
         try:
             return self.send_batch_once(batch, timeout, selector, argument, sharding_key, queue_id)
         except _errors.BrokerClosed:
-            return self._send_again(
-                lambda left: self.send_batch_once(batch, left, selector, argument, sharding_key, queue_id), timeout)
+            return self._resend_batch(batch, timeout, selector, argument, sharding_key, queue_id)
+
+    def _resend_batch(self, list batch, timeout, selector, argument, sharding_key, queue_id):
+        return self._send_again(
+            lambda left: self.send_batch_once(batch, left, selector, argument, sharding_key, queue_id), timeout)
 
     cdef BatchResult send_batch_once(self, list batch, timeout, selector, argument, sharding_key, queue_id):
         cdef sb_region *r = self.ready()
@@ -298,7 +305,7 @@ cdef class ProducerCore:
         cdef sb_item *items
         cdef BatchResult result
         cdef uint64_t end = 0
-        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
+        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout), born_ns = sb_realtime_ns()
         if count == 0:
             raise _errors.MessageIllegal("an empty batch")
         if count > SB_GROUP_RECORDS_MAX:
@@ -327,7 +334,7 @@ cdef class ProducerCore:
                         f"a batch has one topic: {first.topic!r} and {message.topic!r} were given (RocketMQ's rule)")
                 if message.wait_store_ok != first.wait_store_ok:
                     raise _errors.MessageIllegal("a batch has one wait_store_ok (RocketMQ's rule)")
-                self.fill(r, &items[i], message)
+                self.fill(r, &items[i], message, born_ns)
                 items[i].topic_id = route.topic_id
                 items[i].queue_id = <uint16_t>queue
                 items[i].queue_slot = route.slots[queue]
