@@ -178,10 +178,15 @@ class SnapshotBody:
     """Frame of a snapshot: the same body stands in its BEGIN and in its END record.
 
     ``snapshot`` tells snapshots of one epoch apart, so that the end of one never closes the torn begin of another.
+    ``next_topic_id`` and ``next_group_id`` are never lowered: ids of what was deleted are not given again. ``epochs``
+    lists (epoch, start, previous) of the epochs so far, as their own records may be deleted.
     """
 
     snapshot: int
     epoch: int
+    next_topic_id: int = 1
+    next_group_id: int = 1
+    epochs: tuple[tuple[int, int, int], ...] = ()
 
     def encode(self) -> bytes:
         """The body of a SNAPSHOT_BEGIN or SNAPSHOT_END record."""
@@ -191,7 +196,16 @@ class SnapshotBody:
     def parse(body: bytes) -> SnapshotBody:
         """Check and read the body of either record; ValueError."""
         fields = _decode(body)
-        return SnapshotBody(_integer(fields, "snapshot", 0, _POSITION), _integer(fields, "epoch", 1, _U32))
+        epochs = fields.get("epochs", [])
+        if not isinstance(epochs, list) or any(not isinstance(item, list) or len(item) != 3 for item in epochs):
+            raise ValueError("epochs: a list of (epoch, start, previous) is wanted")
+        return SnapshotBody(
+            _integer(fields, "snapshot", 0, _POSITION),
+            _integer(fields, "epoch", 1, _U32),
+            _integer(fields, "next_topic_id", 0, _U32),
+            _integer(fields, "next_group_id", 0, _U32),
+            tuple((item[0], item[1], item[2]) for item in ([*_integers({"epoch": item}, "epoch")] for item in epochs)),
+        )
 
 
 def _encode(fields: dict[str, Any]) -> bytes:

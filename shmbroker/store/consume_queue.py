@@ -23,6 +23,7 @@ import errno
 import os
 import shutil
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ class ConsumeQueues:
         self._writable = writable
         self._per_file = entries_per_file
         self._open: OrderedDict[tuple[int, int, int], int] = OrderedDict()
+        self._dirty = threading.Lock()  # guards the two below
         self._dirty_files: set[tuple[int, int, int]] = set()
         self._dirty_directories: set[Path] = set()
         if writable:
@@ -84,17 +86,21 @@ class ConsumeQueues:
             index = offset % self._per_file
             part = view[: (self._per_file - index) * ENTRY_BYTES]
             fd = self._file(topic_id, queue_id, offset - index, create=True)
-            self._dirty_files.add((topic_id, queue_id, offset - index))
             self._write_all(fd, part, _HEADER_BYTES + index * ENTRY_BYTES)
+            with self._dirty:  # after the write: see take_dirty
+                self._dirty_files.add((topic_id, queue_id, offset - index))
             offset += len(part) // ENTRY_BYTES
             view = view[len(part) :]
 
     def take_dirty(self) -> set[Path]:
-        """Paths of files and directories changed since the last call: what :func:`sync_paths` makes durable."""
-        dirty = {self._path(*key) for key in self._dirty_files} | self._dirty_directories
-        self._dirty_files = set()
-        self._dirty_directories = set()
-        return dirty
+        """Paths of files and directories changed since the last call: what :func:`sync_paths` makes durable.
+
+        May be called by another thread than the writer's. Who loads ``dispatched`` first gets all that it covers.
+        """
+        with self._dirty:
+            files, self._dirty_files = self._dirty_files, set()
+            directories, self._dirty_directories = self._dirty_directories, set()
+        return {self._path(*key) for key in files} | directories
 
     def truncate(self, position: int) -> None:
         """Drop every entry at or past ``position``, and files that power loss left without a header."""
@@ -111,7 +117,8 @@ class ConsumeQueues:
                     continue
                 if keep < end or (os.fstat(fd).st_size - _HEADER_BYTES) % ENTRY_BYTES:
                     os.ftruncate(fd, _HEADER_BYTES + keep * ENTRY_BYTES)
-                    self._dirty_files.add((topic_id, queue_id, first))
+                    with self._dirty:
+                        self._dirty_files.add((topic_id, queue_id, first))
                 break  # all earlier files lie before the position
 
     def delete_before(self, topic_id: int, queue_id: int, offset: int) -> int:
@@ -126,7 +133,8 @@ class ConsumeQueues:
         for key in [key for key in self._open if key[0] == topic_id]:
             os.close(self._open.pop(key))
         shutil.rmtree(self._directory / str(topic_id), ignore_errors=True)
-        self._dirty_directories.add(self._directory)
+        with self._dirty:
+            self._dirty_directories.add(self._directory)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -268,7 +276,8 @@ class ConsumeQueues:
                 raise
         for directory in (path.parent.parent, path.parent):
             directory.mkdir(mode=0o700, exist_ok=True)
-        self._dirty_directories.update((path.parent, path.parent.parent, self._directory))
+        with self._dirty:
+            self._dirty_directories.update((path.parent, path.parent.parent, self._directory))
         return os.open(path, flags | os.O_CREAT, 0o600)
 
     def _forget(self, topic_id: int, queue_id: int, first: int) -> None:
@@ -277,7 +286,8 @@ class ConsumeQueues:
             os.close(fd)
         path = self._path(topic_id, queue_id, first)
         path.unlink(missing_ok=True)
-        self._dirty_directories.add(path.parent)
+        with self._dirty:
+            self._dirty_directories.add(path.parent)
 
     def _header(self, topic_id: int, queue_id: int, first: int) -> bytes:
         fields = _MAGIC, _VERSION, self._per_file, topic_id, queue_id, first, self._store_id

@@ -1,0 +1,150 @@
+"""From a recovered log back to what was in memory: definitions, offsets, group progress, ids; and consume queues.
+
+Recovery (store/recovery.py) walks over the log once, from the newest snapshot's BEGIN on, and hands what it meets to a
+:class:`Restoration`; that merges it, and puts the result into new memory before anybody else is attached. Merging is
+idempotent, so it does not matter that a snapshot's records stand between those of the time in which it was written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+from shmbroker._native._core import Region, scan
+from shmbroker.delivery.retention import raise_first_offsets
+from shmbroker.errors import BadRequest, CorruptLog
+from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
+from shmbroker.store.commit_log import LogReader
+from shmbroker.store.consume_queue import ENTRY, ENTRY_BYTES, ConsumeQueues, sync_paths
+
+Run = tuple[int, int, int, bytes]
+_LAP_RECORDS: Final = 65_536
+
+
+class Restoration:
+    """What the records of a log say, in the order of the log. First the log, then ``finish``, then ``apply``."""
+
+    def __init__(self, queues: ConsumeQueues, dispatched: int) -> None:
+        """``dispatched``: the checkpoint's: ``queues`` hold everything before it durably, and perhaps more."""
+        self._queues = queues
+        self._dispatched = dispatched
+        self._topics: dict[int, TopicBody] = {}
+        self._groups: dict[int, GroupBody] = {}
+        self._deleted_topics: set[int] = set()
+        self._deleted_groups: set[int] = set()
+        self._next_ids: dict[str, int] = {}
+        self._offsets: dict[tuple[int, int], tuple[int, int]] = {}
+        self._progress: list[bytes] = []
+        self._dedup: deque[tuple[int, int, int]] = deque(maxlen=_LAP_RECORDS)
+        self._laps: deque[tuple[int, int]] = deque(maxlen=_LAP_RECORDS)  # (first position, messages) of each dispatch
+
+    def replay(self, record: Record) -> None:
+        """Take a system record, or a message with a dedup id. Raises CorruptLog for a body that nobody wrote so."""
+        try:
+            match record.kind:
+                case RecordKind.MESSAGE:
+                    self._dedup.append((record.incarnation, record.sequence, record.position))
+                case RecordKind.TOPIC:
+                    self._topic(TopicBody.parse(record.body))
+                case RecordKind.GROUP:
+                    self._group(GroupBody.parse(record.body))
+                case RecordKind.PROGRESS:
+                    self._progress.append(record.body)  # its topic or group may be defined further on
+                case RecordKind.SNAPSHOT_BEGIN:
+                    frame = SnapshotBody.parse(record.body)
+                    self._next_ids = {"next_topic_id": frame.next_topic_id, "next_group_id": frame.next_group_id}
+        except ValueError as error:
+            message = f"position {record.position}: {RecordKind(record.kind).name} record: {error}"
+            raise CorruptLog(message, record.position) from error
+
+    def dispatch(self, runs: Sequence[Run], position: int) -> None:
+        """Take consume queue entries of the records before ``position`` and after those of the last call."""
+        for topic_id, queue_id, offset, entries in runs:
+            self._raise_offsets(topic_id, queue_id, offset + len(entries) // ENTRY_BYTES, 0)
+            if position > self._dispatched and topic_id not in self._deleted_topics:
+                self._queues.write(topic_id, queue_id, offset, entries)
+        if runs:
+            first = min(ENTRY.unpack_from(entries)[0] for _, _, _, entries in runs)
+            self._laps.append((first, sum(len(entries) for _, _, _, entries in runs) // ENTRY_BYTES))
+
+    def finish(self, end: int) -> None:
+        """The log ends at ``end``: consume queues hold exactly what it has, durably.
+
+        A crash before this leaves entries past the checkpoint's ``dispatched``: the next recovery does it all again.
+        """
+        self._queues.truncate(end)
+        for topic_id in self._deleted_topics:
+            self._queues.delete_topic(topic_id)
+        sync_paths(self._queues.take_dirty())
+
+    def apply(self, region: Region, log: LogReader, kept: int) -> None:
+        """Put everything into new memory, to which nobody else is attached. Raises LimitReached if it is too small."""
+        for topic in self._topics.values():
+            region.define_topic(topic.name, topic.queues, topic.permission, topic.topic_id, record=False)
+        for group in self._groups.values():
+            region.define_group(group.name, group.group_id, record=False)
+        for word, value in self._next_ids.items():
+            region.raise_to(word, value)
+        for body in self._progress:
+            try:
+                region.restore_progress(body)
+            except BadRequest:
+                continue  # of a topic or group that was deleted later
+        for table in region.progress():
+            self._raise_offsets(table["topic_id"], table["queue_id"], _first_untouched(table), 0)
+        for (topic_id, queue_id), (next_offset, first_offset) in self._offsets.items():
+            if topic_id in self._topics:
+                region.restore_queue(topic_id, queue_id, next_offset, first_offset)
+        raise_first_offsets(region, self._queues, kept)
+        self._remember_ids(region, log)
+
+    def _topic(self, body: TopicBody) -> None:
+        if body.deleted:
+            self._topics.pop(body.topic_id, None)
+            self._deleted_topics.add(body.topic_id)
+        elif body.topic_id not in self._deleted_topics:
+            for queue_id, offsets in enumerate(zip(body.next_offsets, body.first_offsets, strict=True)):
+                self._raise_offsets(body.topic_id, queue_id, *offsets)
+            if not body.next_offsets or body.topic_id not in self._topics:  # a definition, or all there is
+                self._topics[body.topic_id] = body
+
+    def _group(self, body: GroupBody) -> None:
+        if body.deleted:
+            self._groups.pop(body.group_id, None)
+            self._deleted_groups.add(body.group_id)
+        elif body.group_id not in self._deleted_groups:
+            self._groups[body.group_id] = body
+
+    def _raise_offsets(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
+        have = self._offsets.get((topic_id, queue_id), (0, 0))
+        self._offsets[topic_id, queue_id] = max(have[0], next_offset), max(have[1], first_offset)
+
+    def _remember_ids(self, region: Region, log: LogReader) -> None:
+        """The last ids go into the window against second copies (R17): as many messages as it has room for."""
+        for identity in self._dedup:
+            region.remember_id(*identity)
+        wanted, start = region.limits["id_window"], region.get("tail")
+        for first, messages in reversed(self._laps):
+            if wanted <= 0:
+                break
+            wanted, start = wanted - messages, first
+        epoch = 0
+
+        def remember(data: memoryview, position: int) -> int:
+            nonlocal epoch
+            epoch = epoch or log.read(position).epoch
+            records, behind, _ = scan(data, position, epoch, region.segment_bytes, check_crc=False)
+            for record in records:
+                epoch = record.epoch
+                if record.kind == RecordKind.MESSAGE:
+                    region.remember_id(record.incarnation, record.sequence, record.position)
+            return behind
+
+        log.feed(start, region.get("tail"), remember)
+
+
+def _first_untouched(table: dict[str, Any]) -> int:
+    """The first offset beyond all that this group's progress speaks of: no new message may get one before it (R4)."""
+    acked = [first + count for first, count in table["acked"]]
+    return int(max([table["base"], *acked, *(offset + 1 for offset in (*table["attempts"], *table["overflow"]))]))

@@ -1,0 +1,78 @@
+"""What of the log may be deleted, and in which order (R15, R16).
+
+A segment may go when the newest complete snapshot begins behind it, consume queues and key index have what is in it,
+and every group has consumed it. Order, and what a crash leaves: queues' first offsets, then ``kept``, then the flusher
+retires the segments, then files of the consume queues. Killed anywhere: all of it is done again, from the same floor.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shmbroker._native._core import Region
+from shmbroker.store.consume_queue import ConsumeQueues
+
+STORE_FULL: Final = 1  # enum sb_store_state
+_ANYWHERE: Final = 1 << 63
+
+
+def floor(region: Region, queues: ConsumeQueues, *, unclaimed: bool) -> int:
+    """The position before which nobody needs the log any more.
+
+    With ``unclaimed``, messages of queues that no group consumes count as needed.
+    """
+    lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed"))
+    claimed: set[tuple[int, int]] = set()
+    for table in region.progress():
+        queue = table["topic_id"], table["queue_id"]
+        claimed.add(queue)
+        oldest = min([table["base"], *table["overflow"]])
+        lowest = min(lowest, _position_of(queues, *queue, oldest, lowest))
+    if unclaimed:
+        for topic in region.topics():
+            for queue_state in topic["queues"]:
+                queue = topic["topic_id"], queue_state["queue_id"]
+                if queue not in claimed:
+                    lowest = min(lowest, _position_of(queues, *queue, queue_state["first_offset"], lowest))
+    return lowest
+
+
+def retain(region: Region, queues: ConsumeQueues, retention_bytes: int) -> bool:
+    """Give up segments that are consumed and more than ``retention_bytes`` old; True if there were any.
+
+    While the disk is full it gives up whatever is consumed. ``retention_bytes`` 0 keeps all until then.
+    """
+    full = region.get("store_state") == STORE_FULL
+    if not (full or retention_bytes):
+        return False
+    wanted = region.get("flushed") - (0 if full else retention_bytes)
+    wanted -= wanted % region.segment_bytes
+    if wanted <= region.get("kept"):
+        return False
+    limit = floor(region, queues, unclaimed=not retention_bytes)
+    kept = min(wanted, limit - limit % region.segment_bytes)
+    if kept <= region.get("kept"):
+        return False
+    raise_first_offsets(region, queues, kept)
+    region.set("kept", kept)
+    for topic in region.topics():
+        for queue in topic["queues"]:
+            queues.delete_before(topic["topic_id"], queue["queue_id"], queue["first_offset"])
+    return True
+
+
+def raise_first_offsets(region: Region, queues: ConsumeQueues, kept: int) -> None:
+    """Each queue's first offset: that of its first message at or past ``kept``."""
+    for topic in region.topics():
+        for queue in topic["queues"]:
+            identity = topic["topic_id"], queue["queue_id"]
+            first, end = queue["first_offset"], queue["next_offset"]
+            oldest = queues.read(*identity, first, 1, _ANYWHERE) if first < end else []
+            if oldest and oldest[0].position < kept:
+                region.set_first_offset(*identity, min(end, queues.find_position(*identity, kept)))
+
+
+def _position_of(queues: ConsumeQueues, topic_id: int, queue_id: int, offset: int, limit: int) -> int:
+    """Where the first message at or after ``offset`` lies; ``limit`` if there is none before it."""
+    entries = queues.read(topic_id, queue_id, offset, 1, limit)
+    return entries[0].position if entries else limit
