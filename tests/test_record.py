@@ -235,6 +235,16 @@ def test_dispatch_scan_goes_on_after_a_limit_without_loss() -> None:
     assert counts == [(0, 10, "limit"), (10, 10, "limit"), (20, 5, "end")]
 
 
+@pytest.mark.parametrize("cut", [0, 1, 87, 88, 90, 263, 264, 265, 351, 352, 400])
+def test_a_group_floor_cuts_no_record_and_no_group(cut: int) -> None:
+    # | 88: plain | 88: group of two | 88 | 88: plain | ends 40 bytes before the segment's end
+    data = message(0) + message(88, flags=RecordFlag.GROUP, group_bytes=176) + message(176) + message(264)
+    floors = [0, 88, 264, 352, 392]
+    assert _core.group_floor(data + bytes(40) + message(392), 0, 392, cut) == max(
+        floor if floor < 352 else min(floor, cut) for floor in floors if floor <= cut
+    )
+
+
 def test_a_jump_of_offsets_begins_a_run_of_its_own() -> None:
     data = run_of(2)
     data += message(len(data), queue_offset=1000) + message(len(data) + 88, queue_offset=1001)
@@ -263,6 +273,15 @@ def test_records_to_be_looked_at_one_by_one_are_marked() -> None:
     assert (marked, behind, epoch, why) == (places, 1024, 2, "end")
     assert sum(len(run[3]) // 16 for run in runs) == 3
     assert _core.dispatch_scan(data, 0, 1, 1024, keys=False)[1] == places[1:]
+
+
+def test_of_a_producers_messages_the_first_and_then_each_1024th_are_marked() -> None:
+    data, places = b"", {}
+    for sequence in range(1, 2100):
+        places[sequence] = len(data)
+        data += message(len(data), queue_offset=sequence, incarnation=9, sequence=sequence)
+    assert _core.dispatch_scan(data, 0, 1, 1 << 20)[1] == [places[1], places[1024], places[2048]]
+    assert _core.dispatch_scan(data, 0, 1, 1 << 20, keys=False)[1] == []
 
 
 # ---- bodies

@@ -46,9 +46,9 @@ def find_record(
     """
 
 def group_floor(data: Any, position: int, segment_bytes: int, end: int) -> int:
-    """``end``, or the start of the atomic group that ``end`` cuts in two (R18).
+    """``end``, or the start of the record or atomic group that ``end`` cuts in two (R18).
 
-    ``data`` holds records checked before, from the start of one at ``position`` to ``end`` at least.
+    ``data`` holds records checked before, from the start of one at ``position`` on.
     """
 
 def dispatch_scan(

@@ -58,8 +58,12 @@ uint64_t sb_group_floor(const uint8_t *data, uint64_t length, uint64_t start, ui
     sb_record record;
     uint64_t group_end = start;
     while (walk.position < end) {
-        uint64_t room = start + length - walk.position;
-        if (room < SB_RECORD_HEADER) {
+        uint64_t short_end = segment_bytes - walk.position % segment_bytes;
+        if (short_end < SB_RECORD_HEADER) {
+            walk.position += short_end;
+            continue;
+        }
+        if (start + length - walk.position < SB_RECORD_HEADER) {
             break;
         }
         /* The records were checked: the header's own epoch will do. */
@@ -70,12 +74,12 @@ uint64_t sb_group_floor(const uint8_t *data, uint64_t length, uint64_t start, ui
         }
         if (record.position >= group_end && record.group_bytes != 0) {
             group_end = record.position + record.group_bytes;
-            if (group_end > end) {
-                return record.position;
-            }
+        }
+        if (walk.position > end || group_end > end) {
+            return record.position;
         }
     }
-    return end;
+    return walk.position < end ? walk.position : end;
 }
 
 /* ------------------------------------------------------------------------------------------------- dispatch -- */
@@ -132,7 +136,8 @@ int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk) {
             d->run[run].next_offset++;
             d->run_of[d->entries] = run;
             d->entry[d->entries++] = (sb_entry){record.position, record.size, record.tag_hash};
-            int indexed = record.keys_bytes != 0 || record.sequence == 1 || record.sequence % SB_ID_STRIDE == 0;
+            int landmark = record.sequence == 1 || (record.sequence != 0 && record.sequence % SB_ID_STRIDE == 0);
+            int indexed = record.keys_bytes != 0 || landmark;
             if ((record.flags & SB_FLAG_DEDUP) == 0 && !(indexed && d->mark_keys)) {
                 continue;
             }

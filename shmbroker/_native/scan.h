@@ -27,7 +27,7 @@ uint64_t sb_skim(sb_walk *walk, int *why);
 int sb_find_record(const uint8_t *data, uint64_t length, uint64_t start, uint64_t segment_bytes, uint32_t min_epoch,
                    uint32_t max_epoch, int64_t flushed_above, sb_record *record);
 
-/* The last place at or before `end` that lies inside no group: a group of which a part is behind `end` does not count.
+/* The last place at or before `end` that lies inside no record and no group: what `end` cuts in two does not count.
  * data holds checked records from `start` on. */
 uint64_t sb_group_floor(const uint8_t *data, uint64_t length, uint64_t start, uint64_t segment_bytes, uint64_t end);
 

@@ -4,11 +4,10 @@
 
 A change of a definition is a record of its own, appended by the native core in one with the words that make it true.
 
-Others go on appending while a snapshot is written, so its records describe different moments. That is no matter, because
-the replay from BEGIN on (restore.py) merges: offsets, progress and ids by maximum; ids are never given twice, so a
-snapshot's record of something that was deleted after BEGIN is known by its id and ignored; and a snapshot never overrules
-a definition met before it. A snapshot without END, because its writer was killed, therefore does no harm either; it just
-frees no segment.
+Others go on appending while a snapshot is written, so its records describe different moments. That is no matter: the
+replay from BEGIN on (restore.py) merges offsets, progress and ids by maximum; ids are never given twice, so the record
+of something that was deleted after BEGIN is known by its id and ignored; and a snapshot never overrules a definition
+met before it. A snapshot without END, because its writer was killed, does no harm; it just frees no segment.
 """
 
 from __future__ import annotations

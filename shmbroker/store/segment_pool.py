@@ -92,6 +92,7 @@ class SegmentPool:
         self._told = (-1, -1)
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self.full = False  # the disk has no room for what comes after the capacity of now
         self.error: Exception | None = None  # why the last attempt to make a segment failed; None once one succeeded
         self._adopt()
 
@@ -204,11 +205,13 @@ class SegmentPool:
                     self._grow(self._end, users=True)
                 base = self._end
             self._tell()
+            self.full = not room
             if recycled is None and beyond >= (self._wanted() if room else self._reserve_bytes):
                 return False
             try:
                 ready = self._make(base, recycled)
             except StoreFull:
+                self.full = True
                 return False
             with self._changed:
                 self._ready[base] = ready

@@ -1,0 +1,114 @@
+"""The dispatcher: consume queues and key index from the log; progress records, snapshots, checkpoints, retention.
+
+Two threads: this one dispatches and must keep up with the producers; the other does what may take its time, fsync above
+all (delivery/upkeep.py). Native scans and file calls drop the GIL.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from shmbroker.workers import common
+
+from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
+from shmbroker.delivery.upkeep import Upkeep
+from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
+from shmbroker.store.commit_log import LogReader
+from shmbroker.store.consume_queue import ConsumeQueues
+from shmbroker.store.key_index import KeyIndex
+
+IDLE_SLEEP: Final = 0.5
+NO_SPACE_PAUSE: Final = 0.1
+FLUSH_WAIT_NS: Final = 10_000_000_000
+SWITCH_INTERVAL: Final = 0.0005  # the upkeep's Python must not keep the dispatching thread from the GIL for long
+
+
+def serve(worker: common.Worker) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    region, paths = worker.region, worker.paths
+    queues, own_queues = (ConsumeQueues(paths.queues, worker.store, writable=True) for _ in range(2))
+    readers = [LogReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
+    index = KeyIndex(paths.index, worker.store, writable=True)
+    index.cut(region.get("dispatched"))
+    indexer = Indexer(region, Source(region, readers[1]), index)
+    region.set("indexed", indexer.position)
+    dispatcher = Dispatcher(region, Source(region, readers[0]), queues, indexer)
+    checkpoints = CheckpointFile(paths.checkpoint)
+    last = checkpoints.read() or Checkpoint(worker.store)
+    upkeep = Upkeep(region, worker.config.runtime, queues, own_queues, indexer, checkpoints, last)
+    thread = _UpkeepThread(worker, upkeep)
+    thread.start()
+    try:
+        while not worker.stopping:
+            if not dispatch(worker, dispatcher):
+                pause(worker, dispatcher)
+    finally:
+        thread.stop()
+    if worker.draining and not worker.orphaned:
+        upkeep.finish(lambda position: catch_up(worker, dispatcher, position))
+    for opened in (checkpoints, index, *readers, queues, own_queues):
+        opened.close()
+
+
+def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
+    """One pass. On a full disk it waits for room: retention makes some, consumers go on with what is in memory."""
+    try:
+        return dispatcher.step() > 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        worker.log.warning("consume queues wait for room on the disk: %s", error)
+        worker.sleep(common.SLEEP_TICK, 0, NO_SPACE_PAUSE)
+        return False
+
+
+def pause(worker: common.Worker, dispatcher: Dispatcher) -> None:
+    """After all is dispatched: idle until the next append, then a tick, in which a burst gathers into one pass."""
+    worker.region.worker_beat(worker.role)
+    if worker.sleep(common.SLEEP_IDLE, dispatcher.position, IDLE_SLEEP):
+        worker.sleep(common.SLEEP_TICK, 0, worker.config.runtime.worker_tick_ms / 1000)
+
+
+def catch_up(worker: common.Worker, dispatcher: Dispatcher, position: int) -> bool:
+    """Dispatch up to ``position``, which nobody appends behind any more, and wait until it is flushed."""
+    while dispatcher.position < position and dispatch(worker, dispatcher):
+        pass
+    return dispatcher.position >= position and worker.region.wait_for("flushed", position, FLUSH_WAIT_NS)
+
+
+class _UpkeepThread(threading.Thread):
+    """Steps the upkeep. What it dies of, the dispatcher dies of."""
+
+    def __init__(self, worker: common.Worker, upkeep: Upkeep) -> None:
+        super().__init__(name="upkeep", daemon=True)
+        self._worker = worker
+        self._upkeep = upkeep
+        self._leave = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._leave.is_set():
+                self._leave.wait(self._upkeep.step())
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that can end the process
+            self._failure = error
+            self._worker.request_stop()
+
+    def stop(self) -> None:
+        """Wait for the present step; raise what ended the thread."""
+        self._leave.set()
+        self.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run("dispatcher", serve, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
