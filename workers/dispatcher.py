@@ -12,14 +12,13 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from shmbroker.workers import common
-
 from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
 from shmbroker.delivery.upkeep import Upkeep
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.key_index import KeyIndex
+from shmbroker.workers import common
 
 IDLE_SLEEP: Final = 0.5
 NO_SPACE_PAUSE: Final = 0.1
@@ -94,7 +93,7 @@ class _UpkeepThread(threading.Thread):
         try:
             while not self._leave.is_set():
                 self._leave.wait(self._upkeep.step())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that can end the process
+        except BaseException as error:
             self._failure = error
             self._worker.request_stop()
 

@@ -18,14 +18,13 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from shmbroker.workers import common
-
 from shmbroker._native._core import Region, group_floor
 from shmbroker.errors import StoreFull, StoreReadOnly
 from shmbroker.failpoint import failpoint
 from shmbroker.store.commit_log import CommitLog
 from shmbroker.store.flush_policy import FlushPolicy
 from shmbroker.store.segment_pool import SegmentPool
+from shmbroker.workers import common
 
 STORE_OK: Final = 0  # enum sb_store_state
 STORE_FULL: Final = 1
