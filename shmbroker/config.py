@@ -147,6 +147,7 @@ class RuntimeConfig:
 LAYOUT_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(LayoutConfig)}
 RUNTIME_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(RuntimeConfig)}
 RULES: Final[dict[str, Rule]] = LAYOUT_RULES | RUNTIME_RULES
+DEFAULTS: Final[dict[str, Any]] = {f.name: f.default for f in (*fields(LayoutConfig), *fields(RuntimeConfig))}
 
 # RocketMQ's spelling -> (ours, factor between its unit and ours).
 ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
@@ -168,11 +169,16 @@ ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings of one broker. ``given`` holds the keys that the caller of ``open`` asked for himself."""
+    """All settings of one broker.
+
+    ``given`` holds the keys that the caller of ``open`` asked for himself, ``chosen`` those and the keys that file or
+    environment set: the others may follow what they depend on.
+    """
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    chosen: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         interval = self.runtime.snapshot_interval_bytes
@@ -219,18 +225,34 @@ class Config:
         """Every key and its value: what stands in the descriptor of a running broker."""
         return {key: getattr(self.layout if key in LAYOUT_RULES else self.runtime, key) for key in RULES}
 
+    def chosen_settings(self) -> dict[str, Any]:
+        """What was not left at its default: enough for ``of`` to make the same configuration again."""
+        return {key: value for key, value in self.as_dict().items() if key in self.chosen}
+
+    def replace(self, **settings: Any) -> Config:
+        """The same choices, with these on top."""
+        return Config.of(self.chosen_settings() | settings, self.given)
+
     @staticmethod
     def of(settings: Mapping[str, Any], given: frozenset[str] = frozenset()) -> Config:
-        """A configuration from our own keys; the others keep their defaults. Raises ConfigError."""
+        """A configuration from our own keys; the others keep their defaults. Raises ConfigError.
+
+        Two defaults follow a small ring or segment down. What somebody chose is checked instead.
+        """
         if unknown := settings.keys() - RULES.keys():
             raise ConfigError(f"unknown setting {min(unknown)!r}")
-        settings = dict(settings)
-        layout = LayoutConfig(**{k: v for k, v in settings.items() if k in LAYOUT_RULES})
-        runtime = {k: v for k, v in settings.items() if k in RUNTIME_RULES}
-        # The default follows a small segment down; a value that somebody chose is checked instead.
-        default = cast(int, RuntimeConfig.__dataclass_fields__["snapshot_interval_bytes"].default)
-        runtime.setdefault("snapshot_interval_bytes", min(default, layout.segment_bytes))
-        return Config(layout, RuntimeConfig(**runtime), given)
+        for key in ("ring_bytes", "segment_bytes"):
+            if key in settings and not isinstance(settings[key], int):
+                raise ConfigError(f"{key} = {settings[key]!r}: {_wanted(key)}")
+        chosen = frozenset(settings)
+        settings = DEFAULTS | dict(settings)
+        smallest = min(settings["ring_bytes"], settings["segment_bytes"])
+        if "max_message_bytes" not in chosen:
+            settings["max_message_bytes"] = min(settings["max_message_bytes"], smallest // 4)
+        if "snapshot_interval_bytes" not in chosen:
+            settings["snapshot_interval_bytes"] = min(settings["snapshot_interval_bytes"], settings["segment_bytes"])
+        layout = LayoutConfig(**{key: settings[key] for key in LAYOUT_RULES})
+        return Config(layout, RuntimeConfig(**{key: settings[key] for key in RUNTIME_RULES}), given, chosen)
 
 
 def load(
@@ -311,8 +333,7 @@ def _milliseconds(name: str, value: Any) -> int:
 
 
 def _type_of(key: str) -> type:
-    owner = LayoutConfig if key in LAYOUT_RULES else RuntimeConfig
-    return type(owner.__dataclass_fields__[key].default)
+    return type(DEFAULTS[key])
 
 
 def limits_text(key: str) -> str:

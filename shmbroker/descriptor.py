@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ class Descriptor:
 
     control: str
     ring: str
+    store: str  # identity of the log, as in its segments and its checkpoint
     instance: str
     boot_id: str
     pid_namespace: int
@@ -36,6 +37,10 @@ class Descriptor:
     inode: int
     settings: Mapping[str, Any]
     format: int = DESCRIPTOR_FORMAT
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Descriptor:
+        """The same memory under other settings."""
+        return replace(self, settings=settings)
 
     @property
     def directory(self) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class Leftover(Enum):
 # ---- make and remove: only under the directory's lock --------------------------------------------------------------
 
 
-def create(paths: BrokerPaths, config: Config, tail: int, epoch: int) -> Region:
+def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch: int) -> Region:
     """Make the memory of a broker whose log ends at ``tail``; its state is STARTING. Raises NotEnoughMemory."""
     limits = config.native_limits()
     sizes = Region.sizes(limits, config.layout.ring_bytes)
@@ -58,6 +58,7 @@ def create(paths: BrokerPaths, config: Config, tail: int, epoch: int) -> Region:
     descriptor = Descriptor(
         control_name,
         ring_name,
+        store.hex(),
         instance.hex(),
         boot_id.hex(),
         *process.namespaces(),
@@ -153,7 +154,7 @@ def attach(paths: BrokerPaths) -> tuple[Region, Descriptor] | None:
     header = region.header
     if (
         header["instance"] != bytes.fromhex(descriptor.instance)
-        or (header["directory_device"], header["directory_inode"]) != descriptor.directory
+        or header["directory"] != descriptor.directory
         or header["ring_name"] != descriptor.ring
     ):
         region.close()

@@ -100,6 +100,12 @@ class BrokerPaths:
         self.descriptor = self.run / "broker.json"
         self.lock = self.run / "lock"
 
+    def make(self) -> None:
+        """Make the directory and what stands in it, for its owner alone. What exists keeps its mode."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (self.log, self.queues, self.index, self.run):
+            path.mkdir(mode=0o700, exist_ok=True)
+
     def role_lock(self, role: str) -> Path:
         """Held by the one process that works as ``role``."""
         return self.run / f"{role}.lock"

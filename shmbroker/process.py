@@ -70,6 +70,11 @@ def wait_ended(pidfd: int, timeout: float) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
+def exists(pid: int) -> bool:
+    """True while some process has that pid, whichever it is."""
+    return _core.start_ticks(pid) != 0
+
+
 def is_alive(identity: Identity) -> bool:
     pidfd = open_pidfd(*identity)
     if pidfd is None:

@@ -25,7 +25,7 @@ def status(session: Session) -> int:
     Only looks at the memory: takes no lock, works while the broker is stuck. Leaves with 0 if all is well, 1 if
     something is wrong, 6 if no broker runs.
     """
-    from shmbroker.tools import health as health_of
+    from shmbroker import health as health_of
 
     paths = session.require_directory()
     found = session.attach()

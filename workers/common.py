@@ -33,6 +33,7 @@ from typing import Final
 from shmbroker import failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config
+from shmbroker.descriptor import Descriptor
 from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
 from shmbroker.naming import BrokerPaths
 
@@ -54,13 +55,14 @@ _LOG_FORMAT: Final = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(messag
 
 
 class Worker:
-    """A worker process at work. ``region`` and ``config`` are those of the running broker."""
+    """A worker process at work: memory and settings of the running broker, and its log's identity ``store``."""
 
-    def __init__(self, role: str, paths: BrokerPaths, region: Region, config: Config) -> None:
+    def __init__(self, role: str, paths: BrokerPaths, region: Region, descriptor: Descriptor) -> None:
         self.role = role
         self.paths = paths
         self.region = region
-        self.config = config
+        self.config = Config.of(descriptor.settings)
+        self.store = bytes.fromhex(descriptor.store)
         self.log = logging.getLogger(f"shmbroker.{role}")
         self.orphaned = False
         self._stop_requested = False
@@ -133,9 +135,9 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
     if not lock.acquire(ROLE_LOCK_TIMEOUT):
         logging.getLogger(f"shmbroker.{role}").error("another process is the %s of this broker", role)
         return EXIT_ROLE_TAKEN
-    region, config, supervisor = attach(paths, ATTACH_TIMEOUT)
-    logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
-    worker = Worker(role, paths, region, config)
+    region, descriptor, supervisor = attach(paths, ATTACH_TIMEOUT)
+    worker = Worker(role, paths, region, descriptor)
+    logging.getLogger("shmbroker").setLevel(worker.config.runtime.log_level)
     region.worker_register(role)
     leave_on_signals(worker.request_stop)
     threading.Thread(target=_watch, args=(worker, supervisor), name="watch-supervisor", daemon=True).start()
@@ -145,8 +147,8 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
     return EXIT_OK
 
 
-def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Config, int]:
-    """Memory, settings and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
+def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]:
+    """Memory, descriptor and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
     deadline = time.monotonic() + timeout
     while True:
         found = memory.attach(paths)
@@ -154,7 +156,7 @@ def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Config, int]:
             region, descriptor = found
             supervisor = process.open_pidfd(region.get("supervisor_pid"), region.get("supervisor_start_ticks"))
             if supervisor is not None:
-                return region, Config.of(descriptor.settings), supervisor
+                return region, descriptor, supervisor
             region.close()
         if time.monotonic() > deadline:
             raise NotReady(f"no broker runs in {paths.directory}")
@@ -181,12 +183,16 @@ def _watch(worker: Worker, supervisor: int) -> None:
     worker.request_stop()
 
 
-def start_log(role: str, paths: BrokerPaths) -> None:
-    """Log to run/<role>.log, appending, mode 0600."""
+def start_log(role: str, paths: BrokerPaths, *, to_stderr: bool = False) -> None:
+    """Log to run/<role>.log, appending, mode 0600; a supervisor in the foreground to stderr as well."""
     fd = os.open(paths.worker_log(role), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     handler = logging.StreamHandler(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace"))
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("shmbroker")
     root.addHandler(handler)
+    if to_stderr:
+        console = logging.StreamHandler()
+        console.setFormatter(handler.formatter)
+        root.addHandler(console)
     root.setLevel(logging.INFO)
     root.propagate = False

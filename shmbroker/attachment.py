@@ -1,0 +1,225 @@
+"""How a process comes to a running broker, and keeps one running.
+
+    RUNNING                      attach
+    STARTING, DRAINING           wait: for the one to be ready, for the other to be gone
+    nobody holds the lock        start a supervisor (detached) and wait for its report
+
+The supervisor's lock, not a file or a word, says whether one lives; who loses the race for it attaches to the winner.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from shmbroker import errors, memory, process
+from shmbroker._native._core import Client, Region
+from shmbroker.config import Config
+from shmbroker.descriptor import Descriptor, read_descriptor
+from shmbroker.errors import AttachRefused, BrokerClosed, ConfigConflict, NotReady, ShmBrokerError
+from shmbroker.failpoint import ENVIRONMENT_KEY
+from shmbroker.naming import BrokerPaths
+
+OPEN_TIMEOUT: Final = 60.0  # seconds: a predecessor may have to flush and stop, a long log to be scanned
+_POLL_SECONDS: Final = 0.002
+_STAGGER_SECONDS: Final = 0.2  # about what a supervisor needs to take the lock
+
+log = logging.getLogger("shmbroker")
+
+
+class Attachment:
+    """This process's place in a running broker: memory, client slot, pidfd of the supervisor."""
+
+    def __init__(self, region: Region, descriptor: Descriptor, client: Client, supervisor: int) -> None:
+        self.region = region
+        self.descriptor = descriptor
+        self.client = client
+        self.pid = os.getpid()
+        self.embedded = bool(region.get("embedded"))
+        self.supervisor = supervisor  # closed by keep_supervised
+        self.left = os.eventfd(0, os.EFD_CLOEXEC)  # readable once this process has left; closed by keep_supervised
+
+    def close(self) -> None:
+        """Leave the broker; in a forked child only forget it, since the slot is the parent's."""
+        if self.pid == os.getpid() and not self.region.closed:
+            self.client.close()
+            self.region.close()
+            os.eventfd_write(self.left, 1)
+
+
+def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bool = True) -> Attachment:
+    """Attach to the broker of a directory; if nobody serves it, start it, or with ``may_start=False`` wait for one."""
+    deadline = time.monotonic() + timeout
+    while True:
+        attached = _attach(paths, wanted)
+        if attached is not None:
+            return attached
+        if time.monotonic() > deadline:
+            raise NotReady(f"the broker of {paths.directory} was not ready within {timeout:g} s: see {paths.run}/*.log")
+        holder = process.lock_holder(paths.lock)
+        if holder == 0 and may_start:
+            start_supervisor(paths, wanted, deadline)
+        elif holder < 0:
+            raise AttachRefused(
+                f"the broker of {paths.directory} runs in another pid namespace: start the containers with "
+                "--pid=container:NAME and --ipc=container:NAME"
+            )
+        else:
+            time.sleep(_POLL_SECONDS)  # STARTING or DRAINING: of another process's making, so nothing to wait on
+
+
+def _attach(paths: BrokerPaths, wanted: Config) -> Attachment | None:
+    """Register with a running broker, or None if it is not (or no longer) running."""
+    found = memory.attach(paths) if paths.descriptor.exists() else None
+    if found is None:
+        return None
+    region, descriptor = found
+    supervisor = process.open_pidfd(region.get("supervisor_pid"), region.get("supervisor_start_ticks"))
+    if supervisor is None or region.get("state") != memory.STATE_RUNNING:
+        _close_fd(supervisor)
+        return None
+    _refuse_conflict(wanted, descriptor)
+    client = Client(region, Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python")
+    # Registered first, looked at again after: the supervisor refuses senders first and counts clients after that.
+    if region.get("state") != memory.STATE_RUNNING:
+        client.close()
+        _close_fd(supervisor)
+        return None
+    return Attachment(region, descriptor, client, supervisor)
+
+
+def _refuse_conflict(wanted: Config, descriptor: Descriptor) -> None:
+    asked = wanted.as_dict()
+    for key in sorted(wanted.given):
+        if asked[key] != descriptor.settings.get(key):
+            raise ConfigConflict(
+                f"{key} = {asked[key]!r}: the running broker was started with {descriptor.settings.get(key)!r}; "
+                "leave the setting out, or stop the broker first"
+            )
+
+
+def keep_supervised(paths: BrokerPaths, attached: Attachment) -> None:
+    """The thread of an embedded broker's handle: when the supervisor dies, start another with the same settings.
+
+    Every client does so; the lock lets one win, and the others give it time by their rank. Of a broker that is served
+    by somebody's process manager it only waits for the end.
+    """
+    supervisor: int | None = attached.supervisor
+    while supervisor is not None:
+        left = _has_left(attached, supervisor)
+        os.close(supervisor)
+        supervisor = None if left or not attached.embedded else _replace_supervisor(paths, attached)
+    _has_left(attached, None)
+    os.close(attached.left)
+
+
+def _has_left(attached: Attachment, supervisor: int | None) -> bool:
+    """Wait until this process leaves the broker (True) or the supervisor dies."""
+    poll = select.poll()
+    poll.register(attached.left, select.POLLIN)
+    if supervisor is not None:
+        poll.register(supervisor, select.POLLIN)
+    return attached.left in {fd for fd, _ in poll.poll()}
+
+
+def _replace_supervisor(paths: BrokerPaths, attached: Attachment) -> int | None:
+    """A pidfd of the successor; None if the broker has stopped, or its memory has been given up."""
+    region = attached.region
+    try:
+        if region.get("state") == memory.STATE_STOPPED:
+            return None
+        rank = sum(other["slot"] < attached.client.slot for other in region.clients())
+        successor = _succeed(paths, Config.of(attached.descriptor.settings), rank)
+        descriptor = read_descriptor(paths)
+        if successor is not None and descriptor is not None and descriptor.instance == attached.descriptor.instance:
+            return successor
+        region.set("state", memory.STATE_STOPPED)  # nobody serves this memory any more: refuse to send into it
+    except BrokerClosed:  # this process has left meanwhile
+        pass
+    return None
+
+
+def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
+    """A pidfd of the next supervisor, started by us if nobody of a lower rank does; None if none comes to life."""
+    deadline = time.monotonic() + OPEN_TIMEOUT
+    may_start_at = time.monotonic() + rank * _STAGGER_SECONDS
+    while time.monotonic() < deadline:
+        found = memory.attach(paths) if paths.descriptor.exists() else None
+        if found is not None:
+            pidfd = process.open_pidfd(found[0].get("supervisor_pid"), found[0].get("supervisor_start_ticks"))
+            if pidfd is not None:
+                return pidfd
+        if process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
+            try:
+                start_supervisor(paths, settings, deadline, armed=False)
+            except ShmBrokerError as error:
+                log.warning("the broker of %s cannot be restarted: %s", paths.directory, error)
+                return None
+        time.sleep(_POLL_SECONDS)
+    return None
+
+
+def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, armed: bool = True) -> None:
+    """Start a detached supervisor and wait for its report. One that finds the directory served is no error."""
+    environment = dict(os.environ)
+    if not armed:
+        environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "shmbroker.workers.supervisor", str(paths.directory), "--embedded", str(write_fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(write_fd,),
+            env=environment,
+        )
+        os.close(write_fd)
+        write_fd = -1
+        assert child.stdin is not None
+        with child.stdin:
+            child.stdin.write(json.dumps(config.chosen_settings()).encode())
+        outcome = _read_report(read_fd, deadline)
+        child.wait()  # it has forked the supervisor and left
+    finally:
+        os.close(read_fd)
+        _close_fd(write_fd if write_fd >= 0 else None)
+    if "error" in outcome:
+        _raise_reported(outcome)
+
+
+def _read_report(fd: int, deadline: float) -> dict[str, Any]:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    text = b""
+    while time.monotonic() < deadline:
+        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            piece = os.read(fd, 65536)
+            if not piece:
+                return dict(json.loads(text)) if text else {"error": "NotReady", "message": "the supervisor died"}
+            text += piece
+    return {"error": "NotReady", "message": "the supervisor did not report in time"}
+
+
+def _raise_reported(outcome: Mapping[str, Any]) -> None:
+    """Raise here what the supervisor met there."""
+    name, message = str(outcome["error"]), str(outcome["message"])
+    kind = getattr(errors, name, None)
+    if kind is NotReady and "another supervisor" in message:
+        return  # lost the race: attach to the winner
+    if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
+        raise kind(message)
+    raise NotReady(f"the supervisor failed: {name}: {message}")
+
+
+def _close_fd(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

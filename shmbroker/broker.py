@@ -1,0 +1,233 @@
+"""``shmbroker.open`` and the handle it returns. How a running broker is found or started: ``attachment.py``."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from shmbroker import failpoint, memory
+from shmbroker._native._core import Client, Region
+from shmbroker.attachment import OPEN_TIMEOUT, Attachment, connect, keep_supervised
+from shmbroker.config import Config, load
+from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.naming import BrokerPaths, check_group, check_topic
+
+if TYPE_CHECKING:
+    from shmbroker.consumer import SimpleConsumer
+    from shmbroker.producer import Producer
+    from shmbroker.store.commit_log import LogReader
+
+READ: Final = 4  # RocketMQ's permission bits
+WRITE: Final = 2
+QUEUES_MAX: Final = 1024
+
+Child = TypeVar("Child")
+
+
+def open(  # noqa: A001 - as in gzip.open
+    directory: str | os.PathLike[str],
+    config: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float = OPEN_TIMEOUT,
+    **settings: Any,
+) -> Broker:
+    """Attach to the broker that serves ``directory``, and start it first if nobody does.
+
+    ``config`` is a TOML file instead of ``directory/broker.toml``; ``settings`` are single settings, times in float
+    seconds. Raises ConfigError (a setting is wrong), ConfigConflict (the broker runs with another value),
+    AttachRefused, LayoutMismatch, NotEnoughMemory, CorruptLog, StoreFull, and NotReady after ``timeout`` seconds.
+    """
+    failpoint.arm_from_environment("client")
+    paths = BrokerPaths(Path(directory).absolute())
+    wanted = load(paths.directory, config, settings)
+    return Broker(paths, connect(paths, wanted, timeout))
+
+
+class Broker:
+    """A process's handle of a running broker: makes producers and consumers, manages topics. Thread-safe.
+
+    A context manager; ``close`` closes what was made through it. After a fork the child's first use registers it anew
+    (R25). If the supervisor of an embedded broker is killed, a thread of this handle sees it at once and starts
+    another, which goes on with the same memory.
+    """
+
+    def __init__(self, paths: BrokerPaths, attached: Attachment) -> None:
+        self._paths = paths
+        self._attached = attached
+        self._lock = threading.RLock()
+        self._closed = False
+        self._children: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._log: LogReader | None = None
+        self.config = Config.of(attached.descriptor.settings)
+        self._watch()
+        _handles.add(self)
+
+    @property
+    def directory(self) -> Path:
+        """The broker's directory."""
+        return self._paths.directory
+
+    @property
+    def region(self) -> Region:
+        """The mapped memory."""
+        return self.attach().region
+
+    def attach(self) -> Client:
+        """This process's attachment to the running broker: a new one after a fork, or after the broker was restarted.
+
+        Raises BrokerClosed (handle closed) and NotReady (no running broker within the send timeout).
+        """
+        with self._lock:
+            if self._closed:
+                raise BrokerClosed("this broker handle was closed")
+            attached = self._attached
+            if attached.pid != os.getpid() or attached.region.get("state") == memory.STATE_STOPPED:
+                attached.close()
+                timeout = self.config.runtime.send_timeout_ms / 1000
+                running = attached.embedded
+                self._attached = attached = connect(self._paths, self.config, timeout, may_start=running)
+                self.config = Config.of(attached.descriptor.settings)
+                self._log = None
+                self._watch()
+            return attached.client
+
+    # ---- what applications use
+
+    def producer(self, group: str) -> Producer:
+        """A producer of a producer group."""
+        from shmbroker.producer import Producer
+
+        return self._adopt(Producer(self, group))
+
+    def simple_consumer(self, group: str, subscriptions: Mapping[str, str], **settings: Any) -> SimpleConsumer:
+        """A consumer that fetches and acknowledges by itself. ``subscriptions``: topic to tag expression."""
+        from shmbroker.consumer import SimpleConsumer
+
+        return self._adopt(SimpleConsumer(self, check_group(group), subscriptions, **settings))
+
+    def create_topic(self, name: str, queues: int | None = None, permission: int = READ | WRITE) -> None:
+        """Make a topic; once more as it stands changes nothing. Raises NameIllegal, LimitReached, BadRequest."""
+        queues = self.config.runtime.default_topic_queues if queues is None else queues
+        found = self._find_topic(check_topic(name))
+        if found is None:
+            self.region.define_topic(name, _check_queues(queues), _check_permission(permission))
+        elif (len(found["queues"]), found["permission"]) != (queues, permission):
+            raise BadRequest(
+                f"topic {name!r} exists, with {len(found['queues'])} queues and permission {found['permission']}: "
+                "use alter_topic"
+            )
+
+    def alter_topic(self, name: str, queues: int | None = None, permission: int | None = None) -> None:
+        """Give a topic more queues or another permission. Raises TopicNotExist, BadRequest (fewer queues)."""
+        found = self._require_topic(name)
+        queues = len(found["queues"]) if queues is None else _check_queues(queues)
+        if queues < len(found["queues"]):
+            raise BadRequest(f"topic {name!r} has {len(found['queues'])} queues and cannot lose any")
+        permission = found["permission"] if permission is None else _check_permission(permission)
+        self.region.define_topic(name, queues, permission)
+
+    def delete_topic(self, name: str) -> None:
+        """Delete a topic and its messages, for every group. Raises TopicNotExist."""
+        self._require_topic(name)
+        self.region.delete_topic(name)
+
+    def topics(self) -> list[dict[str, Any]]:
+        """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes."""
+        return self.region.topics()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The consumer groups, each with its name, group_id and subscription."""
+        return self.region.groups()
+
+    def status(self) -> dict[str, Any]:
+        """What ``shmbroker status --json`` shows."""
+        from shmbroker import health
+
+        self.attach()
+        return health.of_running(self._attached.region, self._attached.descriptor, self._paths)
+
+    def read_log(self, position: int) -> bytes:
+        """The record at ``position`` from the log's files. Raises PositionGone, CorruptLog."""
+        with self._lock:
+            self.attach()
+            if self._log is None:
+                from shmbroker.store.commit_log import LogReader
+
+                store = bytes.fromhex(self._attached.descriptor.store)
+                self._log = LogReader(self._paths.log, self.config.layout.segment_bytes, store)
+            return self._log.read(position).raw
+
+    def close(self) -> None:
+        """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""
+        with self._lock:
+            if self._closed:
+                return
+            for child in list(self._children):
+                child.close()
+            self._closed = True
+            self._attached.close()
+            if self._log is not None:
+                self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- inside
+
+    def _adopt(self, child: Child) -> Child:
+        self._children.add(child)
+        return child
+
+    def _find_topic(self, name: str) -> dict[str, Any] | None:
+        return next((topic for topic in self.region.topics() if topic["name"] == name), None)
+
+    def _require_topic(self, name: str) -> dict[str, Any]:
+        found = self._find_topic(check_topic(name))
+        if found is None:
+            raise TopicNotExist(f"topic {name!r} does not exist")
+        return found
+
+    def _watch(self) -> None:
+        target, arguments = keep_supervised, (self._paths, self._attached)
+        threading.Thread(target=target, args=arguments, name="shmbroker-watch", daemon=True).start()
+
+    def _after_fork(self) -> None:
+        """In the child: locks may be held by threads that do not exist here; the slot is the parent's."""
+        self._lock = threading.RLock()
+        self._children = weakref.WeakSet()
+        self._log = None
+
+
+_handles: weakref.WeakSet[Broker] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for handle in list(_handles):
+        handle._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _check_queues(queues: int) -> int:
+    if not 1 <= queues <= QUEUES_MAX:
+        raise BadRequest(f"queues = {queues!r}: must be an integer from 1 to {QUEUES_MAX}")
+    return queues
+
+
+def _check_permission(permission: int) -> int:
+    if permission not in (READ, WRITE, READ | WRITE):
+        raise BadRequest(
+            f"permission = {permission!r}: must be {WRITE} (write), {READ} (read) or {READ | WRITE} (both)"
+        )
+    return permission

@@ -1,0 +1,165 @@
+"""The supervisor: owns a directory, its memory and its workers. ``python -m shmbroker.workers.supervisor DIRECTORY``
+
+It serves until SIGTERM or SIGINT. Embedded, that is started by ``shmbroker.open``, it takes its settings from stdin,
+reports through a pipe, and leaves ``embed_grace_ms`` after the last client has gone. Either way it stops cleanly:
+everything flushed, the memory removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from shmbroker.workers import common
+
+from shmbroker import failpoint, lifecycle, memory, process
+from shmbroker._native._core import Region, set_process_name
+from shmbroker.config import Config, load
+from shmbroker.errors import NotReady
+from shmbroker.fleet import Fleet
+from shmbroker.naming import BrokerPaths
+
+LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping
+LOOK_SECONDS: Final = 0.1  # an embedded broker counts its clients so often
+
+log = logging.getLogger("shmbroker.supervisor")
+
+
+class Supervisor:
+    """One start of a broker: memory, workers, a clean stop. The caller holds the directory's lock."""
+
+    def __init__(self, paths: BrokerPaths, config: Config, *, embedded: bool) -> None:
+        self._paths = paths
+        self._config = config
+        self._embedded = embedded
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """Make ``serve`` stop the broker. Safe in a signal handler."""
+        self._stop_requested = True
+        with suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")
+
+    def serve(self, tell_ready: Callable[[], None]) -> int:
+        """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code."""
+        lifecycle.check_owner(self._paths)
+        opened = lifecycle.open_memory(self._paths, self._config)
+        region, config = opened.region, opened.config
+        logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
+        lifecycle.announce(region, config, embedded=self._embedded)
+        region.worker_register("supervisor")
+        fleet = Fleet(self._paths, log)
+        fleet.start(["flusher"])  # it makes room on the disk, without which nobody can append
+        if opened.epoch is not None:
+            lifecycle.begin_epoch(region, opened.epoch)
+        lifecycle.run(region)
+        tell_ready()
+        fleet.start(["dispatcher", "janitor"])
+        log.info("serving %s, epoch %d", self._paths.directory, region.get("epoch"))
+        self._stay(region, fleet, config.runtime.embed_grace_ms / 1000)
+        if lifecycle.drain(region, self._paths, fleet):
+            log.info("stopped")
+            return common.EXIT_OK
+        return common.EXIT_STORE
+
+    def _stay(self, region: Region, fleet: Fleet, grace: float) -> None:
+        """Keep the workers running until told to stop or, embedded, until nobody is attached any more."""
+        last_seen = time.monotonic()
+        while not self._stop_requested:
+            fleet.tend(LOOK_SECONDS if self._embedded else 3600.0, self._wake_read)
+            if not self._embedded or lifecycle.live_clients(region):
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
+                return
+
+
+def _nobody_comes(region: Region) -> bool:
+    """Refuse senders, then count again: a client that attached at the last moment is served on."""
+    region.set("state", memory.STATE_DRAINING)
+    if lifecycle.live_clients(region):
+        region.set("state", memory.STATE_RUNNING)
+        return False
+    return True
+
+
+def take_directory(paths: BrokerPaths) -> process.FileLock:
+    """The directory's lock, for life. Raises NotReady if another supervisor serves it."""
+    lock = process.FileLock(paths.lock)
+    if not lock.acquire(LOCK_TIMEOUT if _is_stopping(paths) else 0.0):
+        raise NotReady(f"another supervisor serves {paths.directory}")
+    failpoint.failpoint("supervisor.locked")
+    return lock
+
+
+def _is_stopping(paths: BrokerPaths) -> bool:
+    attached = memory.attach(paths)
+    return attached is not None and attached[0].get("state") in (memory.STATE_DRAINING, memory.STATE_STOPPED)
+
+
+def detach() -> None:
+    """Become nobody's child and lead a session: the opener is not to be bothered with our exit, nor we with its end."""
+    os.setsid()
+    if os.fork():
+        os._exit(common.EXIT_OK)
+
+
+def report(fd: int | None, outcome: dict[str, Any]) -> None:
+    """Tell the opener, if there is one and it still listens."""
+    if fd is not None:
+        with suppress(OSError):
+            os.write(fd, json.dumps(outcome).encode())
+            os.close(fd)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve a directory; returns an exit code of ``workers/common.py``."""
+    parser = argparse.ArgumentParser(prog="shmbroker serve", description="serve a directory until SIGTERM")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, instead of DIRECTORY/broker.toml")
+    parser.add_argument("--embedded", type=int, metavar="FD", help="detach, read settings from stdin, report to FD")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as leaving:
+        return common.EXIT_OK if leaving.code == 0 else common.EXIT_USAGE
+    paths = BrokerPaths(arguments.directory.absolute())
+    if arguments.embedded is not None:
+        detach()
+        os.set_inheritable(arguments.embedded, False)
+    set_process_name("shmb-supervisor")
+    try:
+        return _run(paths, arguments.config, arguments.embedded)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the opener and stderr are told
+        failure = error
+    report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
+    print(f"shmbroker: {failure}", file=sys.stderr)
+    return common.exit_code(failure)
+
+
+def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
+    failpoint.arm_from_environment("supervisor")
+    config = load(paths.directory, file) if report_fd is None else Config.of(json.load(sys.stdin))
+    paths.make()
+    common.start_log("supervisor", paths, to_stderr=report_fd is None)
+    lock = take_directory(paths)
+    supervisor = Supervisor(paths, config, embedded=report_fd is not None)
+    common.leave_on_signals(supervisor.request_stop)
+    try:
+        return supervisor.serve(lambda: report(report_fd, {"ready": True}))
+    except Exception:
+        log.exception("cannot serve")
+        raise
+    finally:
+        lock.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
