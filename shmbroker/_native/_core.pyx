@@ -9,6 +9,7 @@ cimport cython
 include "record.pxi"
 include "native.pxi"
 include "region.pxi"
+include "client.pxi"
 include "message.pxi"
 include "producer.pxi"
 include "consumer.pxi"

@@ -1,83 +1,26 @@
 /* append.c: the writing half of ring.h. One function, sb_append, shows the order of all stores of an append.
  *
- * Under the append lock every change of a shared word is logged first (R3):
- *
- *     undo.entry[n] = {word, before, after}; undo.count = n + 1; word = after        -- logged_store
- *     ... tail = end                                                                   -- the append exists
- *     undo.count = 0
- *
- * A writer killed before `tail` moved leaves nothing: the next owner of the lock puts every `before` back, newest first.
- * One killed after it leaves everything: every `after` is put in. Words that only readers' checks protect (ring bytes,
- * index entries behind next_offset, last_position, the client's id window) need no undo: they lie beyond what is
- * published, or are compared with the record before they are believed.
+ * Under the append lock every change of a shared word is noted first (undo.h). A writer killed before `tail` moved leaves
+ * nothing: the next owner of the lock puts every word back. One killed after it leaves everything. Words that only
+ * readers' checks protect (ring bytes, index entries behind next_offset, last_position, the client's id window) need no
+ * undo: they lie beyond what is published, or are compared with the record before they are believed.
  */
 #include <string.h>
 
-#include "claim.h"
 #include "failpoint.h"
+#include "id_window.h"
+#include "queue_index.h"
 #include "record.h"
 #include "ring.h"
+#include "undo.h"
 #include "wait.h"
 
 #define SPINS 200
-#define ID_PROBES 8u
 
 /* What one append has found out before it changes anything. */
 typedef struct {
     uint64_t tail, start, end, total, filler, gap;
 } plan;
-
-/* -- undo --------------------------------------------------------------------------------------------------------- */
-
-static int undo_note(sb_region *r, sb_word *word, uint64_t before, uint64_t after, int claim)
-{
-    sb_undo *u = &r->control->undo;
-    uint64_t n = sb_peek(&u->count);
-    if (n >= SB_UNDO_MAX) {
-        return SB_TOO_LARGE;
-    }
-    u->entry[n] = (sb_undo_entry){.at = sb_word_offset(r, word) | (claim ? 1u : 0u), .before = before, .after = after};
-    SB_FAILPOINT(append_undo_written);
-    sb_store(&u->count, n + 1);
-    return SB_OK;
-}
-
-static int logged_store(sb_region *r, sb_word *word, uint64_t value)
-{
-    int code = undo_note(r, word, sb_peek(word), value, 0);
-    if (code == SB_OK) {
-        SB_FAILPOINT(append_armed);
-        sb_store(word, value);
-    }
-    return code;
-}
-
-static uint64_t moving_form(uint64_t claim) { return (claim & ~SB_CLAIM_STATE_MASK) | SB_CLAIM_MOVING; }
-
-void sb_append_repair(sb_region *r)
-{
-    sb_undo *u = &r->control->undo;
-    uint64_t n = sb_load(&u->count);
-    if (n > SB_UNDO_MAX) {
-        n = SB_UNDO_MAX;
-    }
-    int published = sb_load(&sb_marks(r)->tail) != sb_load(&u->tail);
-    for (uint64_t i = 0; i < n; i++) {
-        const sb_undo_entry *e = &u->entry[published ? i : n - 1 - i];
-        uint64_t at = e->at & ~7ull, wanted = published ? e->after : e->before;
-        if (at < sizeof(sb_header) || at + 8 > r->control_bytes) {
-            continue;
-        }
-        sb_word *word = (sb_word *)(r->base + at);
-        uint64_t moving = moving_form(e->before);
-        if (e->at & 1u) { /* only as long as it is ours: its holder may have acked it before we marked it */
-            (void)sb_cas(word, &moving, wanted);
-        } else {
-            sb_store(word, wanted);
-        }
-    }
-    sb_store(&u->count, 0);
-}
 
 /* -- the lock ----------------------------------------------------------------------------------------------------- */
 
@@ -95,7 +38,7 @@ static int lock_append(sb_region *r, int64_t deadline_ns)
         code = sb_mutex_lock(mutex, deadline_ns);
     }
     if (code == SB_OWNER_DEAD) {
-        sb_append_repair(r); /* killed in here again: still EOWNERDEAD for the next, and the repair is idempotent */
+        sb_undo_repair(r); /* killed in here again: still EOWNERDEAD for the next, and the repair is idempotent */
         sb_add(&sb_marks(r)->lock_takeovers, 1);
         code = sb_mutex_consistent(mutex);
     }
@@ -110,7 +53,7 @@ int sb_append_lock_check(sb_region *r)
     }
     int code = sb_mutex_try(&r->control->locks.append);
     if (code == SB_OWNER_DEAD) {
-        sb_append_repair(r);
+        sb_undo_repair(r);
         sb_add(&sb_marks(r)->lock_takeovers, 1);
         code = sb_mutex_consistent(&r->control->locks.append);
     }
@@ -164,167 +107,6 @@ static int make_plan(sb_region *r, const sb_item *items, uint32_t count, uint32_
     if (p->end > sb_load(system ? &m->system_capacity : &m->user_capacity)) {
         return SB_NO_CAPACITY;
     }
-    return SB_OK;
-}
-
-static uint32_t id_bucket(const sb_region *r, uint64_t incarnation, uint64_t sequence)
-{
-    uint64_t h = (incarnation ^ (sequence * 0x9e3779b97f4a7c15ull)) * 0xff51afd7ed558ccdull;
-    return (uint32_t)(h >> 32) & (r->limits.ids - 1);
-}
-
-static sb_id *find_id(const sb_region *r, uint64_t incarnation, uint64_t sequence, sb_id **oldest)
-{
-    uint32_t at = id_bucket(r, incarnation, sequence);
-    *oldest = NULL;
-    for (uint32_t i = 0; i < ID_PROBES; i++) {
-        sb_id *id = sb_id_at(r, (at + i) & (r->limits.ids - 1));
-        if (sb_peek(&id->incarnation) == incarnation && sb_peek(&id->sequence) == sequence) {
-            return id;
-        }
-        if (!*oldest || sb_peek(&id->position) < sb_peek(&(*oldest)->position)) {
-            *oldest = id;
-        }
-    }
-    return NULL;
-}
-
-/* Has this id been appended before? The hash window is exact (undo scope); a client's own window is compared with the
- * record itself while the ring still has it (R17). */
-static int find_duplicate(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail)
-{
-    sb_id *oldest;
-    const sb_id *known = find_id(r, item->incarnation, item->sequence, &oldest);
-    if (known) {
-        item->position = sb_peek(&known->position);
-        return SB_DUPLICATE;
-    }
-    if (client >= r->limits.clients) {
-        return SB_OK;
-    }
-    sb_client *c = sb_client_at(r, client);
-    uint32_t at = (uint32_t)(item->sequence % SB_ID_WINDOW);
-    uint64_t position = sb_load(&c->window[at]);
-    if (sb_load(&c->window_sequence[at]) != item->sequence || sb_load(&c->incarnation) != item->incarnation || position >= tail) {
-        return SB_OK;
-    }
-    const sb_record *record = (const sb_record *)(r->ring + (position & r->ring_mask));
-    if (tail - position <= r->ring_bytes &&
-        (record->position != position || record->incarnation != item->incarnation || record->sequence != item->sequence)) {
-        return SB_OK;
-    }
-    item->position = position;
-    return SB_DUPLICATE;
-}
-
-int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position)
-{
-    sb_id *oldest;
-    sb_id *id = find_id(r, incarnation, sequence, &oldest);
-    id = id ? id : oldest;
-    sb_store(&id->position, position);
-    sb_store(&id->incarnation, incarnation);
-    sb_store(&id->sequence, sequence);
-    return SB_OK;
-}
-
-static int remember_id(sb_region *r, const sb_item *item)
-{
-    sb_id *oldest;
-    sb_id *id = find_id(r, item->incarnation, item->sequence, &oldest);
-    id = id ? id : oldest;
-    int code = logged_store(r, &id->position, item->position);
-    code = code == SB_OK ? logged_store(r, &id->incarnation, item->incarnation) : code;
-    return code == SB_OK ? logged_store(r, &id->sequence, item->sequence) : code;
-}
-
-/* -- the index (R7) ----------------------------------------------------------------------------------------------- */
-
-static int push_full(sb_region *r, uint64_t block)
-{
-    sb_block_list *list = &r->control->block_list;
-    uint64_t last = sb_peek(&list->newest_full);
-    int code = logged_store(r, &sb_block_at(r, (uint32_t)block)->next_full, SB_NIL);
-    if (code == SB_OK) {
-        code = last < r->limits.blocks ? logged_store(r, &sb_block_at(r, (uint32_t)last)->next_full, block)
-                                       : logged_store(r, &list->oldest_full, block);
-    }
-    return code == SB_OK ? logged_store(r, &list->newest_full, block) : code;
-}
-
-/* Take the block that filled first, if the dispatcher has passed it; its queue's index then begins later. */
-static int pop_full(sb_region *r, uint64_t *block, uint64_t *needed)
-{
-    sb_block_list *list = &r->control->block_list;
-    uint64_t head = sb_peek(&list->oldest_full);
-    if (head >= r->limits.blocks) {
-        return SB_BROKEN; /* there is one block a queue more than a full ring needs */
-    }
-    sb_block *b = sb_block_at(r, (uint32_t)head);
-    uint64_t owner = sb_peek(&b->owner), next_full = sb_peek(&b->next_full);
-    if (owner && sb_load(&sb_marks(r)->dispatched) <= sb_peek(&b->last_position)) { /* SYNC: dispatched */
-        *needed = sb_peek(&b->last_position) + 1;
-        return SB_NO_INDEX;
-    }
-    int code = logged_store(r, &list->oldest_full, next_full);
-    if (code == SB_OK && next_full >= r->limits.blocks) {
-        code = logged_store(r, &list->newest_full, SB_NIL);
-    }
-    uint32_t slot = (uint32_t)(owner >> 32) - 1;
-    if (code == SB_OK && owner && slot < r->limits.queues && sb_peek(&sb_queue_at(r, slot)->oldest_block) == head) {
-        sb_queue *q = sb_queue_at(r, slot);
-        uint64_t next = sb_peek(&b->next);
-        uint64_t first = next < r->limits.blocks ? sb_peek(&sb_block_at(r, (uint32_t)next)->first) : sb_peek(&q->next_offset);
-        code = logged_store(r, &q->index_first, first);
-        code = code == SB_OK ? logged_store(r, &q->oldest_block, next) : code;
-    }
-    *block = head;
-    return code;
-}
-
-/* A block for `offset` at the end of the queue's chain. */
-static int extend_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t *needed)
-{
-    uint64_t block, old = sb_peek(&q->newest_block);
-    int code = pop_full(r, &block, needed);
-    if (code != SB_OK) {
-        return code;
-    }
-    sb_block *b = sb_block_at(r, (uint32_t)block);
-    code = logged_store(r, &b->owner, 0); /* readers of its former queue fail their second look */
-    code = code == SB_OK ? logged_store(r, &b->first, offset & ~(uint64_t)(SB_BLOCK_ENTRIES - 1)) : code;
-    code = code == SB_OK ? logged_store(r, &b->next, SB_NIL) : code;
-    code = code == SB_OK ? logged_store(r, &b->owner, owner) : code;
-    int chained = 0;
-    if (code == SB_OK && old < r->limits.blocks && old != block) {
-        code = push_full(r, old);
-        if (code == SB_OK && sb_peek(&sb_block_at(r, (uint32_t)old)->owner) == owner) {
-            chained = 1;
-            code = logged_store(r, &sb_block_at(r, (uint32_t)old)->next, block);
-        }
-    }
-    if (code == SB_OK && (!chained || sb_peek(&q->oldest_block) >= r->limits.blocks)) {
-        uint64_t oldest = chained ? old : block;
-        uint64_t first = chained ? sb_peek(&sb_block_at(r, (uint32_t)old)->first) : offset;
-        code = logged_store(r, &q->index_first, first);
-        code = code == SB_OK ? logged_store(r, &q->oldest_block, oldest) : code;
-    }
-    return code == SB_OK ? logged_store(r, &q->newest_block, block) : code;
-}
-
-static int add_to_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t position, uint64_t *needed)
-{
-    uint64_t newest = sb_peek(&q->newest_block);
-    sb_block *b = newest < r->limits.blocks ? sb_block_at(r, (uint32_t)newest) : NULL;
-    if (!b || sb_peek(&b->owner) != owner || offset - sb_peek(&b->first) >= SB_BLOCK_ENTRIES) {
-        int code = extend_index(r, q, owner, offset, needed);
-        if (code != SB_OK) {
-            return code;
-        }
-        b = sb_block_at(r, (uint32_t)sb_peek(&q->newest_block));
-    }
-    sb_store(&b->entry[offset - sb_peek(&b->first)], position);
-    sb_store(&b->last_position, position);
     return SB_OK;
 }
 
@@ -397,8 +179,8 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             sb_queue *own = sb_queue_at(r, item->queue_slot);
             if (own != q) { /* a run of records for one queue logs its counters once */
                 if (q) {
-                    code = logged_store(r, &q->next_offset, next);
-                    code = code == SB_OK ? logged_store(r, &q->bytes, bytes) : code;
+                    code = sb_undo_store(r, &q->next_offset, next);
+                    code = code == SB_OK ? sb_undo_store(r, &q->bytes, bytes) : code;
                 }
                 q = own;
                 next = sb_peek(&q->next_offset);
@@ -406,13 +188,13 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             }
             item->queue_offset = next;
             if (code == SB_OK) {
-                code = add_to_index(r, q, ((uint64_t)(item->queue_slot + 1) << 32) | q->topic_id, next, position, needed);
+                code = sb_index_add(r, q, ((uint64_t)(item->queue_slot + 1) << 32) | q->topic_id, next, position, needed);
             }
             next++;
             bytes += item->body_bytes;
         }
         if (code == SB_OK && (options & SB_APPEND_DEDUP)) {
-            code = remember_id(r, item);
+            code = sb_id_remember(r, item);
         }
         uint8_t group = count == 1 ? 0 : (uint8_t)(SB_FLAG_GROUP | (i + 1 == count ? SB_FLAG_GROUP_LAST : 0));
         write_record(r, item, flushed, count > 1 && i == 0 ? p->total : 0, group);
@@ -424,8 +206,8 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
     memset(r->ring + (position & r->ring_mask), 0, p->gap);
     SB_FAILPOINT(append_copied);
     if (code == SB_OK && q) {
-        code = logged_store(r, &q->next_offset, next); /* SYNC: queue-next */
-        code = code == SB_OK ? logged_store(r, &q->bytes, bytes) : code;
+        code = sb_undo_store(r, &q->next_offset, next); /* SYNC: queue-next */
+        code = code == SB_OK ? sb_undo_store(r, &q->bytes, bytes) : code;
     }
     return code;
 }
@@ -434,7 +216,7 @@ static int begin_effects(sb_region *r, const sb_effect *effects, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
         const sb_effect *e = &effects[i];
-        int code = undo_note(r, e->word, e->expected, e->desired, e->claim);
+        int code = sb_undo_note(r, e->word, e->expected, e->desired, e->claim);
         if (code != SB_OK) {
             return code;
         }
@@ -444,7 +226,7 @@ static int begin_effects(sb_region *r, const sb_effect *effects, uint32_t count)
                 sb_store(&r->control->undo.count, i); /* not ours to put back */
                 return SB_LOST;
             }
-        } else if (!sb_cas(e->word, &seen, moving_form(e->expected))) {
+        } else if (!sb_cas(e->word, &seen, sb_claim_moving_form(e->expected))) {
             sb_store(&r->control->undo.count, i);
             return SB_LOST;
         }
@@ -465,7 +247,7 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
     SB_FAILPOINT(append_locked);
     code = may_append(r, options);
     if (code == SB_OK && (options & (SB_APPEND_RESEND | SB_APPEND_DEDUP))) {
-        code = find_duplicate(r, client, &items[0], sb_load(&m->tail));
+        code = sb_id_find(r, client, &items[0], sb_load(&m->tail));
     }
     if (code == SB_OK) {
         code = make_plan(r, items, count, options, &p, needed);
@@ -485,17 +267,11 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
         code = write_all(r, items, count, options, &p, needed);
     }
     if (code != SB_OK) {
-        sb_append_repair(r); /* tail has not moved: everything goes back */
+        sb_undo_repair(r); /* tail has not moved: everything goes back */
         sb_mutex_unlock(&r->control->locks.append);
         return code;
     }
-    if (client < r->limits.clients) {
-        sb_client *c = sb_client_at(r, client);
-        for (uint32_t i = 0; i < count; i++) {
-            sb_store(&c->window[items[i].sequence % SB_ID_WINDOW], items[i].position);
-            sb_store(&c->window_sequence[items[i].sequence % SB_ID_WINDOW], items[i].sequence);
-        }
-    }
+    sb_id_note_client(r, client, items, count);
     SB_FAILPOINT(append_effects);
     sb_store(&m->tail, p.end); /* SYNC: tail. From here on the append exists: a kill below is repaired forwards */
     SB_FAILPOINT(append_published);

@@ -1,4 +1,4 @@
-/* queue_index.c: reading side, see queue_index.h; the writing side is in append.c, under the append lock.
+/* queue_index.c: reading side, see queue_index.h; the writing side is index_extend.c.
  * Nothing read here is believed by itself: the block is checked before and after, the walk is bounded, and the caller
  * compares the record it finds with the queue and offset it looked for. */
 #include "queue_index.h"

@@ -17,4 +17,8 @@ typedef struct {
 int sb_index_lookup(const sb_region *r, uint32_t queue, uint64_t offset, uint64_t limit, uint32_t count,
                     sb_cursor *cursor, uint64_t *positions, uint32_t *found);
 
+/* Append, under its lock: queue `q`, whose blocks carry `owner` (slot + 1, topic id), has its message `offset` at
+ * `position`. SB_OK | SB_NO_INDEX (*needed: `dispatched` must reach it) | SB_TOO_LARGE (undo full) | SB_BROKEN */
+int sb_index_add(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t position, uint64_t *needed);
+
 #endif

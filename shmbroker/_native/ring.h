@@ -48,8 +48,6 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post
 /* Recovery: remember an id of the log's newest records in the hash window. */
 int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position);
 
-/* Bring the words of an interrupted append to one side (R3). Caller holds the append lock. */
-void sb_append_repair(sb_region *r);
 /* Try-lock, repair if its owner died, unlock. Returns 1 if a dead owner was found. */
 int sb_append_lock_check(sb_region *r);
 
