@@ -86,9 +86,7 @@ class Producer(ProducerCore):
             raise BadRequest("give one of queue_id, sharding_key and selector")
         if queue_id is not None:
             return queue_id
-        if (
-            sharding_key is not None
-        ):  # the same key meets the same queue in every process and for as long as queues stay
+        if sharding_key is not None:  # the same key meets the same queue in every process and for as long as queues stay
             return crc32c(sharding_key.encode() if isinstance(sharding_key, str) else sharding_key) % count
         assert selector is not None
         return selector(range(count), message, argument)
