@@ -178,7 +178,7 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
             [sys.executable, "-m", "shmbroker.workers.supervisor", str(paths.directory), "--embedded", str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=write_fd,  # until its log is open
             pass_fds=(write_fd,),
             env=environment,
         )
@@ -204,9 +204,18 @@ def _read_report(fd: int, deadline: float) -> dict[str, Any]:
         if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             piece = os.read(fd, 65536)
             if not piece:
-                return dict(json.loads(text)) if text else {"error": "NotReady", "message": "the supervisor died"}
+                return _parse_report(text.decode(errors="replace"))
             text += piece
     return {"error": "NotReady", "message": "the supervisor did not report in time"}
+
+
+def _parse_report(text: str) -> dict[str, Any]:
+    """The last line is the report, unless the supervisor could not even begin: then it is an interpreter's complaint."""
+    last = (text.splitlines() or ["the supervisor died"])[-1]
+    try:
+        return dict(json.loads(last))
+    except ValueError:
+        return {"error": "NotReady", "message": f"the supervisor failed: {last}"}
 
 
 def _raise_reported(outcome: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.commit_log import CommitLog, LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.log_end import LogPlace
-from shmbroker.store.segment import HEADER_BYTES, SegmentHeader, list_segments
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, SegmentHeader, list_segments
 from shmbroker.store.segment_pool import SegmentPool
 
 log = logging.getLogger("shmbroker.supervisor")
@@ -152,7 +152,7 @@ def _identify(paths: BrokerPaths, config: Config, checkpoints: CheckpointFile) -
     if bases:
         path = paths.log / segment_name(bases[0])
         with path.open("rb") as stream:
-            header = SegmentHeader.parse(stream.read(HEADER_BYTES), path)
+            header = SegmentHeader.parse(stream.read(SEGMENT_HEADER_BYTES), path)
         if config.layout.segment_bytes != header.segment_bytes:
             if "segment_bytes" in config.chosen:
                 raise ConfigError(
@@ -227,6 +227,13 @@ def drain(region: Region, paths: BrokerPaths, fleet: Fleet) -> bool:
         memory.remove(paths, descriptor)
     region.close()
     return True
+
+
+def abandon(paths: BrokerPaths) -> None:
+    """A start has failed: nobody has appended to memory in state STARTING, so it goes; any other is kept."""
+    found = memory.attach(paths)
+    if found is not None and found[0].get("state") == memory.STATE_STARTING:
+        memory.remove(paths, found[1])
 
 
 def live_clients(region: Region) -> int:

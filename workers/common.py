@@ -190,7 +190,9 @@ def start_log(role: str, paths: BrokerPaths, *, to_stderr: bool = False) -> None
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("shmbroker")
     root.addHandler(handler)
-    if to_stderr:
+    if not to_stderr:
+        os.dup2(fd, sys.stderr.fileno())  # what an interpreter says when it fails
+    else:
         console = logging.StreamHandler()
         console.setFormatter(handler.formatter)
         root.addHandler(console)

@@ -52,16 +52,12 @@ class Supervisor:
     def serve(self, tell_ready: Callable[[], None]) -> int:
         """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code."""
         lifecycle.check_owner(self._paths)
-        opened = lifecycle.open_memory(self._paths, self._config)
-        region, config = opened.region, opened.config
-        logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
-        lifecycle.announce(region, config, embedded=self._embedded)
-        region.worker_register("supervisor")
         fleet = Fleet(self._paths, log)
-        fleet.start(["flusher"])  # it makes room on the disk, without which nobody can append
-        if opened.epoch is not None:
-            lifecycle.begin_epoch(region, opened.epoch)
-        lifecycle.run(region)
+        try:
+            region, config = self._start(fleet)
+        except BaseException:
+            lifecycle.abandon(self._paths)
+            raise
         tell_ready()
         fleet.start(["dispatcher", "janitor"])
         log.info("serving %s, epoch %d", self._paths.directory, region.get("epoch"))
@@ -70,6 +66,19 @@ class Supervisor:
             log.info("stopped")
             return common.EXIT_OK
         return common.EXIT_STORE
+
+    def _start(self, fleet: Fleet) -> tuple[Region, Config]:
+        """Everything up to the first send."""
+        opened = lifecycle.open_memory(self._paths, self._config)
+        region, config = opened.region, opened.config
+        logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
+        lifecycle.announce(region, config, embedded=self._embedded)
+        region.worker_register("supervisor")
+        fleet.start(["flusher"])  # it makes room on the disk, without which nobody can append
+        if opened.epoch is not None:
+            lifecycle.begin_epoch(region, opened.epoch)
+        lifecycle.run(region)
+        return region, config
 
     def _stay(self, region: Region, fleet: Fleet, grace: float) -> None:
         """Keep the workers running until told to stop or, embedded, until nobody is attached any more."""
@@ -116,7 +125,7 @@ def report(fd: int | None, outcome: dict[str, Any]) -> None:
     """Tell the opener, if there is one and it still listens."""
     if fd is not None:
         with suppress(OSError):
-            os.write(fd, json.dumps(outcome).encode())
+            os.write(fd, b"\n" + json.dumps(outcome).encode())
             os.close(fd)
 
 
@@ -139,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(paths, arguments.config, arguments.embedded)
     except Exception as error:  # noqa: BLE001 - whatever it is, the opener and stderr are told
         failure = error
-    report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
     print(f"shmbroker: {failure}", file=sys.stderr)
+    report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
     return common.exit_code(failure)
 
 
