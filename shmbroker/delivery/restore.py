@@ -124,7 +124,7 @@ class Restoration:
         """The last ids go into the window against second copies (R17): as many messages as it has room for."""
         for identity in self._dedup:
             region.remember_id(*identity)
-        wanted, start = region.limits["id_window"], region.get("tail")
+        wanted, start = region.limits["ids"], region.get("tail")
         for first, messages in reversed(self._laps):
             if wanted <= 0:
                 break
