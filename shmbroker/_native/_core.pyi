@@ -64,7 +64,7 @@ def dispatch_scan(
     """
 
 class Record:
-    """One record, decoded from a copy of its bytes."""
+    """One record, decoded from a copy of its bytes; equal if the bytes are."""
     position: int
     size: int            # header and payload, without padding
     padded: int          # bytes to the next record

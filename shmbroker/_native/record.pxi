@@ -290,6 +290,12 @@ cdef class Record:
     def message_id(self):
         return f"{self.header.incarnation:016x}{self.header.sequence:016x}"
 
+    def __eq__(self, other):
+        return isinstance(other, Record) and self.raw == (<Record>other).raw
+
+    def __hash__(self):
+        return hash(self.raw)
+
     def __repr__(self):
         return (
             f"Record(position={self.position}, size={self.size}, kind={self.kind}, epoch={self.epoch}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,22 +181,13 @@ class Seen:
     """What a recovery passed on."""
 
     replayed: list[Record] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    queues: dict[int, list[int]] = field(default_factory=dict)
+    positions: list[int] = field(default_factory=list)  # of messages
 
     def dispatched(self, runs: list[tuple[int, int, int, bytes]], position: int) -> None:
-        for _, queue_id, first, entries in runs:
-            places = [int.from_bytes(entries[at : at + 8], "little") for at in range(0, len(entries), 16)]
-            queue = self.queues.setdefault(queue_id, [])
-            assert not queue or first == len(queue) + getattr(self, "_first", {}).get(queue_id, 0)
-            queue += places
-            self.positions += places
-            assert all(place < position for place in places)
+        places = [place for run in runs for place, _, _ in struct.iter_unpack("<QII", run[3])]
+        assert all(place < position for place in places)
+        self.positions = sorted({*self.positions, *places})
 
     @property
     def kinds(self) -> list[RecordKind]:
         return [RecordKind(record.kind) for record in self.replayed]
-
-
-def all_segments(builder: StoreBuilder) -> Iterator[Path]:
-    yield from sorted(builder.log.iterdir())

@@ -1,0 +1,275 @@
+"""The commit log's writer and its readers, on real files."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.store_builder import RING, STORE, StoreBuilder
+
+from shmbroker import failpoint
+from shmbroker._native._core import skim
+from shmbroker.errors import CorruptLog, PositionGone, StoreFull, StoreReadOnly
+from shmbroker.naming import segment_name
+from shmbroker.record import encode_record
+from shmbroker.store.commit_log import CommitLog, LogReader
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader
+from shmbroker.store.segment_pool import SegmentPool
+
+BYTES = 65_536
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[SegmentPool]:
+    pool = SegmentPool(tmp_path, BYTES, STORE, 1, 0)
+    while pool.work():
+        pass
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def log(pool: SegmentPool) -> Iterator[CommitLog]:
+    log = CommitLog(pool, BYTES)
+    yield log
+    log.close()
+
+
+def pattern(size: int, salt: int = 0) -> bytes:
+    return bytes((index * 7 + index // 256 + salt) & 0xFF for index in range(size))
+
+
+def on_disk(directory: Path, position: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        at = position + len(data)
+        path = directory / segment_name(at - at % BYTES)
+        data += path.read_bytes()[SEGMENT_HEADER_BYTES + at % BYTES :][: size - len(data)]
+    return data
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> list[int]:
+    """Make os.<name> fail with ``code``, or only count its calls (0)."""
+    calls: list[int] = []
+    real = getattr(os, name)
+
+    def failing(*arguments: object) -> object:
+        calls.append(code)
+        if code:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, name, failing)
+    return calls
+
+
+# ---- the writer
+
+
+@pytest.mark.parametrize("size", [1, 4096, BYTES - 1, BYTES, BYTES + 1, 2 * BYTES + 9])
+@pytest.mark.parametrize("start", [0, 8, BYTES - 8])
+def test_what_is_written_stands_at_its_place_in_its_segments(
+    tmp_path: Path, log: CommitLog, start: int, size: int
+) -> None:
+    data = pattern(size)
+    log.write(memoryview(data), start)
+    log.sync()
+    assert on_disk(tmp_path, start, size) == data
+    assert all(path.stat().st_size == SEGMENT_HEADER_BYTES + BYTES for path in tmp_path.iterdir())
+
+
+def test_short_writes_are_continued(tmp_path: Path, log: CommitLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
+    log.write(memoryview(pattern(5000)), BYTES - 2500)
+    log.sync()
+    assert on_disk(tmp_path, BYTES - 2500, 5000) == pattern(5000)
+
+
+def test_only_what_was_written_is_synced_and_the_oldest_first(log: CommitLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fdatasync = os.fdatasync
+
+    def record(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", record)
+    log.write(memoryview(pattern(2 * BYTES + 100)), 0)
+    log.sync()
+    assert synced == [segment_name(base) for base in (0, BYTES, 2 * BYTES)]
+    synced.clear()
+    log.write(memoryview(pattern(100)), 2 * BYTES + 100)
+    log.sync()
+    assert synced == [segment_name(2 * BYTES)]
+
+
+def test_a_writer_that_starts_again_writes_over_what_its_predecessor_left(tmp_path: Path, pool: SegmentPool) -> None:
+    first = CommitLog(pool, BYTES)
+    first.write(memoryview(pattern(BYTES + 500)), 0)
+    first.close()  # killed before its sync
+    second = CommitLog(SegmentPool(tmp_path, BYTES, STORE, 1, 300), BYTES)
+    second.write(memoryview(pattern(BYTES + 900, salt=1)), 300)
+    second.sync()
+    assert on_disk(tmp_path, 0, BYTES + 1200) == pattern(300) + pattern(BYTES + 900, salt=1)
+    second.close()
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
+def test_the_first_failure_is_final_even_if_the_disk_recovers(
+    log: CommitLog, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    log.write(memoryview(b"good"), 0)
+    log.sync()
+    fail(monkeypatch, call, errno.EIO)
+
+    def write_and_sync() -> None:
+        log.write(memoryview(b"lost"), 4)
+        log.sync()
+
+    with pytest.raises(StoreReadOnly, match=f"{call}.*EIO") as first:
+        write_and_sync()
+    monkeypatch.undo()
+    syncs, writes = fail(monkeypatch, "fdatasync", 0), fail(monkeypatch, "pwrite", 0)
+    for attempt in (log.sync, write_and_sync):
+        with pytest.raises(StoreReadOnly) as again:
+            attempt()
+        assert again.value is first.value
+    assert (syncs, writes) == ([], []), "the kernel takes failed pages for clean: a second sync would lie"
+
+
+def test_a_failing_disk_at_the_failpoint_is_a_failing_disk(log: CommitLog) -> None:
+    log.write(memoryview(b"data"), 0)
+    failpoint.arm("flusher.before_fdatasync=errno:EIO", "test")
+    try:
+        with pytest.raises(StoreReadOnly):
+            log.sync()
+    finally:
+        failpoint.arm("", "test")
+    assert isinstance(log.failed, StoreReadOnly)
+
+
+def test_a_disk_without_room_may_be_tried_again(
+    tmp_path: Path, log: CommitLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(monkeypatch, "pwrite", errno.ENOSPC)
+    with pytest.raises(StoreFull):
+        log.write(memoryview(pattern(100)), 0)
+    monkeypatch.undo()
+    log.write(memoryview(pattern(100)), 0)
+    log.sync()
+    assert on_disk(tmp_path, 0, 100) == pattern(100)
+
+
+def test_a_segment_stays_open_from_its_first_write_to_its_last_sync(log: CommitLog) -> None:
+    def open_segments() -> set[str]:
+        names = set()
+        for link in Path("/proc/self/fd").iterdir():
+            try:
+                names.add(link.readlink().name)
+            except FileNotFoundError:
+                continue
+        return names
+
+    log.write(memoryview(bytes(BYTES + 8)), 0)
+    assert {segment_name(0), segment_name(BYTES)} <= open_segments()
+    log.sync()
+    assert segment_name(0) not in open_segments()
+    assert segment_name(BYTES) in open_segments()
+
+
+# ---- readers
+
+
+@pytest.fixture
+def builder(tmp_path: Path) -> StoreBuilder:
+    builder = StoreBuilder(tmp_path)
+    builder.begin_epoch()
+    builder.messages(200)
+    return builder
+
+
+@pytest.fixture
+def reader(builder: StoreBuilder) -> Iterator[LogReader]:
+    reader = LogReader(builder.log, builder.segment_bytes, STORE)
+    yield reader
+    reader.close()
+
+
+def test_every_record_is_read_at_its_position(builder: StoreBuilder, reader: LogReader) -> None:
+    for place, raw in zip(builder.places, builder.records, strict=True):
+        assert reader.read(place).raw == raw
+
+
+def test_a_record_larger_than_the_first_read_is_read_whole(builder: StoreBuilder, reader: LogReader) -> None:
+    place = builder.message(pattern(6000))
+    assert reader.read(place).body == pattern(6000)
+
+
+def test_feed_passes_every_byte_on_whatever_its_windows(
+    builder: StoreBuilder, reader: LogReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = builder.message(pattern(5000))
+    builder.messages(10)
+    seen = b""
+
+    def consume(data: memoryview, position: int) -> int:
+        nonlocal seen
+        behind = skim(data, position, 1, builder.segment_bytes)[0]
+        seen += bytes(data[: behind - position])
+        return behind
+
+    monkeypatch.setattr("shmbroker.store.commit_log.WINDOW_BYTES", 512)  # smaller than the record at `big`
+    assert reader.feed(0, builder.position, consume) == builder.position
+    assert seen == builder.log_bytes()
+    builder.flip(big + 200)
+    assert reader.feed(0, builder.position, consume) == big
+
+
+def test_a_damaged_record_is_corruption_with_its_place(builder: StoreBuilder, reader: LogReader) -> None:
+    place = builder.places[50]
+    builder.flip(place + 90)
+    with pytest.raises(CorruptLog, match=r"shmbroker log repair") as caught:
+        reader.read(place)
+    assert (caught.value.position, caught.value.path) == (place, str(builder.place.path(place)))
+
+
+def test_a_segment_recycled_under_an_open_reader_is_gone_not_corrupt(builder: StoreBuilder, reader: LogReader) -> None:
+    assert reader.read(0).position == 0
+    header = SegmentHeader(10 * builder.segment_bytes, builder.segment_bytes, 1, STORE)
+    segment = Segment.create(builder.log, header, builder.place.path(0))
+    assert reader.read(0).position == 0, "its old records are still whole"
+    os.pwrite(segment.fd, bytes(200), SEGMENT_HEADER_BYTES)
+    segment.close()
+    for _ in range(2):
+        with pytest.raises(PositionGone):
+            reader.read(0)
+
+
+def test_a_segment_removed_by_retention_is_gone_and_one_missing_in_the_middle_is_corruption(
+    builder: StoreBuilder, reader: LogReader
+) -> None:
+    middle = 2 * builder.segment_bytes
+    builder.place.path(0).unlink()
+    builder.place.path(middle).unlink()
+    with pytest.raises(PositionGone):
+        reader.read(0)
+    with pytest.raises(CorruptLog, match="missing"):
+        reader.read(middle)
+
+
+def test_a_readers_open_files_are_bounded(builder: StoreBuilder, reader: LogReader) -> None:
+    builder.messages(1000)
+    for place in builder.places:
+        reader.read(place)
+    assert len(reader._open) <= 4
+
+
+def test_a_foreign_record_at_the_right_place_is_no_record(builder: StoreBuilder, reader: LogReader) -> None:
+    place = builder.places[3]
+    builder.write_bytes(place, encode_record(position=place + 8, epoch=1, flushed=0, kind=1, body=bytes(RING // 64)))
+    with pytest.raises(CorruptLog, match="names another position"):
+        reader.read(place)

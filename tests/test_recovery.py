@@ -1,0 +1,539 @@
+"""Recovery: what it cuts, what it refuses, and that a kill inside it changes neither.
+
+In the drawings ``|`` stands between records, ``E`` is an EPOCH record, ``B`` and ``Z`` begin and end a snapshot, ``.``
+is zeros, ``x`` is damage, ``(`` and ``)`` enclose an atomic group, ``F`` marks what was known to be on the disk when
+the records behind it were appended, and ``//`` is the end of a segment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.store_builder import SEGMENT, StoreBuilder
+
+from shmbroker._native._core import decode_record
+from shmbroker.errors import CorruptLog
+from shmbroker.record import RecordKind, encode_record
+from shmbroker.store.checkpoint import Checkpoint, CheckpointFile, Epoch
+from shmbroker.store.recovery import Recovery, repair
+from shmbroker.store.segment import SegmentError, list_segments
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> StoreBuilder:
+    """``E | 20 messages F`` then ``| 10 messages``: 30 messages, of which the first 20 are known to be on the disk."""
+    return standard(tmp_path)
+
+
+def standard(directory: Path) -> StoreBuilder:
+    log = StoreBuilder(directory)
+    log.begin_epoch()
+    log.messages(20)
+    log.sync()
+    log.messages(10)
+    return log
+
+
+def check_sound(log: StoreBuilder, result: Recovery) -> None:
+    """Nothing behind the end is anything but zeros, and what stands before it is what was written."""
+    assert log.log_bytes(result.end) == b"".join(log.records)[: result.end]
+    tail = log.place.base(result.end) + SEGMENT
+    if result.end % SEGMENT:
+        assert log.read_bytes(result.end, tail - result.end).count(0) == tail - result.end
+    assert all(base < max(result.end, 1) for base in list_segments(log.log))
+
+
+# ---- the table of damages
+
+
+Damage = Callable[[StoreBuilder], object]
+TORN: list[tuple[str, Damage, int]] = [
+    # E|20 messages F|0|1|...|9|          records that remain
+    ("E|20 F|0|1|2|3|4|5|6|7|8|9|......   nothing is damaged", lambda _log: None, 31),
+    (
+        "E|20 F|0|1|2|3|4|5|6|7|8|xx......   the last record is half there",
+        lambda log: log.zero(log.places[30] + 90, 90),
+        30,
+    ),
+    ("E|20 F|0|1|2|3|4|5|6|7|8|..9......  its header is missing", lambda log: log.zero(log.places[30], 80), 30),
+    ("E|20 F|0|1|2|x|4|5|6|7|8|9|......   one bit, unsynced", lambda log: log.flip(log.places[24] + 100), 24),
+    ("E|20 F|0|.........|6|7|8|9|......   a hole before valid records", lambda log: log.zero(log.places[22], 700), 22),
+    ("E|20 F|x|1|2|3|4|5|6|7|8|9|......   the first unsynced one", lambda log: log.flip(log.places[21]), 21),
+    ("E|20 F|.............................nothing unsynced survived", lambda log: log.zero(log.places[21], 1900), 21),
+]
+
+
+@pytest.mark.parametrize(("damage", "remain"), [case[1:] for case in TORN], ids=[case[0] for case in TORN])
+def test_a_torn_tail_is_cut_at_the_last_record_before_it(log: StoreBuilder, damage: Damage, remain: int) -> None:
+    log.checkpoint()
+    damage(log)
+    result, seen = log.recover()
+    end = log.places[remain] if remain < len(log.places) else log.position
+    assert (result.end, result.epoch) == (end, 1)
+    assert result.reason == ("whole" if remain == 31 else "torn tail" if result.cut_bytes else "whole")
+    assert seen.positions == log.places[1:remain]
+    check_sound(log, result)
+    again, seen_again = log.recover()
+    assert (again.end, again.reason, again.cut_bytes) == (end, "whole", 0)
+    assert seen_again == seen
+
+
+CORRUPT: list[tuple[str, Damage, int]] = [
+    ("x|20 F|10                the first record", lambda log: log.flip(log.places[0] + 20), 0),
+    ("E|0..8|x|10..19 F|10     one bit among the synced", lambda log: log.flip(log.places[10] + 99, 7), 10),
+    ("E|.........|19 F|10      zeros among the synced", lambda log: log.zero(log.places[1], 2000), 1),
+    ("E|0..18|x F|10           the last synced record", lambda log: log.flip(log.places[20] + 8), 20),
+]
+
+
+@pytest.mark.parametrize("witness", ["checkpoint", "record", "both"])
+@pytest.mark.parametrize(("damage", "hole"), [case[1:] for case in CORRUPT], ids=[case[0] for case in CORRUPT])
+def test_damage_below_what_was_known_to_be_on_the_disk_is_refused_and_nothing_is_changed(
+    log: StoreBuilder, damage: Damage, hole: int, witness: str
+) -> None:
+    if witness != "record":
+        log.checkpoint()
+    if witness == "checkpoint":
+        log.zero(log.places[21], log.position - log.places[21])
+    damage(log)
+    before = {path.name: path.read_bytes() for path in log.log.iterdir()}
+    for _ in range(2):
+        with pytest.raises(CorruptLog, match="shmbroker log repair") as caught:
+            log.recover()
+        assert caught.value.position == log.places[hole]
+        assert caught.value.path == str(log.place.path(log.places[hole]))
+    assert {path.name: path.read_bytes() for path in log.log.iterdir()} == before
+
+
+def test_a_slaves_directory_is_judged_by_its_own_checkpoint_alone(log: StoreBuilder) -> None:
+    """E|0..8|x|10..19 F|10: what the records know is true of the master's disk only."""
+    log.flip(log.places[10] + 99)
+    with pytest.raises(CorruptLog):
+        log.recover()
+    result, _ = log.recover(trust_flushed=False)
+    assert (result.end, result.reason) == (log.places[10], "torn tail")
+    check_sound(log, result)
+
+
+# ---- groups
+
+
+def test_a_group_that_lost_a_part_is_cut_as_a_whole(log: StoreBuilder) -> None:
+    """E|30|(g|g|g|x|g)|m"""
+    group = log.group(5)
+    log.message()
+    log.flip(group[3] + 85)
+    result, seen = log.recover()
+    assert (result.end, result.reason) == (group[0], "incomplete group")
+    assert result.cut_bytes == log.position - group[0]
+    assert seen.positions[-1] < group[0]
+    check_sound(log, result)
+    assert log.recover()[0].reason == "whole"
+
+
+def test_a_whole_group_at_the_end_stays(log: StoreBuilder) -> None:
+    """E|30|(g|g|g)......"""
+    log.group(3)
+    result, _ = log.recover()
+    assert (result.end, result.reason) == (log.position, "whole")
+
+
+def test_a_group_synced_in_part_is_cut_and_the_checkpoint_no_longer_claims_it(log: StoreBuilder) -> None:
+    """E|30|(g|g F|x|g): the flusher stopped inside the group, and nobody was told of its first half."""
+    group = log.group(4)
+    log.checkpoint(flushed=group[2], clean=True)
+    log.flip(group[2] + 3)
+    result, _ = log.recover()
+    assert (result.end, result.reason) == (group[0], "incomplete group")
+    checkpoint = CheckpointFile(log.checkpoint_path).read()
+    assert checkpoint is not None
+    assert (checkpoint.flushed, checkpoint.clean) == (group[0], False)
+
+
+@pytest.mark.parametrize("mask", range(16))
+def test_a_power_cut_while_a_group_is_cut_leaves_it_to_be_cut_again(log: StoreBuilder, mask: int) -> None:
+    """E|30|(g|g|g|g|x): any of its records may be zeros already when recovery is interrupted."""
+    group = log.group(5)
+    log.zero(group[4], 120)
+    log.checkpoint(flushed=group[0])
+    for index in range(4):
+        if mask >> index & 1:
+            log.zero(group[index], 120)
+    result, _ = log.recover()
+    assert result.end == group[0]
+    check_sound(log, result)
+
+
+# ---- epochs
+
+
+def test_records_of_a_cut_epoch_do_not_come_back(log: StoreBuilder) -> None:
+    """E1|20 F|x|1..9  then, cut:  E1|20|E2|a......  with the old 1..9 still on the disk where they were."""
+    old = dict(zip(log.places[22:], log.records[22:], strict=True))
+    log.zero(log.places[21], 180)
+    result, _ = log.recover()
+    log.position, log.flushed = result.end, result.end
+    log.begin_epoch()
+    log.message(bytes(56))
+    end = log.position
+    for place, raw in old.items():
+        if place >= end:
+            log.write_bytes(place, raw)
+    result, seen = log.recover()
+    assert (result.end, result.epoch) == (end, 2)
+    assert seen.positions[-1] < end
+    assert result.epochs == (Epoch(1, 0, 0), Epoch(2, log.places[-2], 1))
+
+
+def test_a_record_of_an_epoch_that_nobody_introduced_is_cut(log: StoreBuilder) -> None:
+    """E1|30|m3"""
+    end = log.position
+    log.epoch = 3
+    log.message()
+    assert log.recover()[0].end == end
+
+
+def test_epochs_come_from_the_checkpoint_and_from_the_log(log: StoreBuilder) -> None:
+    log.begin_epoch()
+    log.checkpoint(epochs=(Epoch(1, 0, 0),), flushed=0, dispatched=0)
+    result, _ = log.recover()
+    assert [epoch.epoch for epoch in result.epochs] == [1, 2]
+    assert result.epochs[1].start == log.places[-1]
+
+
+# ---- segments
+
+
+def test_an_empty_directory_is_an_empty_log(tmp_path: Path) -> None:
+    result, seen = StoreBuilder(tmp_path).recover()
+    assert (result.end, result.epoch, result.reason, seen.replayed) == (0, 0, "empty", [])
+
+
+def test_ready_segments_without_records_are_an_empty_log(tmp_path: Path) -> None:
+    log = StoreBuilder(tmp_path)
+    log.make_segment(0)
+    log.make_segment(SEGMENT)
+    result, _ = log.recover()
+    assert (result.end, result.reason, list_segments(log.log)) == (0, "empty", [])
+
+
+def test_a_log_that_the_checkpoint_knows_and_that_is_not_there_is_corruption(log: StoreBuilder) -> None:
+    log.checkpoint()
+    shutil.rmtree(log.log)
+    log.log.mkdir()
+    with pytest.raises(CorruptLog):
+        log.recover()
+
+
+def test_segments_behind_the_cut_are_removed(log: StoreBuilder) -> None:
+    """E|20 F|x .. // unsynced records // ready"""
+    hole = log.places[21]
+    while log.position < SEGMENT + 500:
+        log.message(bytes(200))
+    log.make_segment(2 * SEGMENT)
+    log.zero(hole, 100)
+    result, _ = log.recover()
+    assert result.end == hole
+    assert list_segments(log.log) == [0]
+    check_sound(log, result)
+
+
+def test_a_missing_segment_in_the_middle_is_corruption(log: StoreBuilder) -> None:
+    """E|20 F|... // missing // records that know more // ..."""
+    while log.position < 4 * SEGMENT:
+        log.message(bytes(300))
+        log.sync()
+    log.place.path(2 * SEGMENT).unlink()
+    with pytest.raises(CorruptLog) as caught:
+        log.recover()
+    assert caught.value.position == 2 * SEGMENT
+
+
+def test_damage_larger_than_the_ring_is_seen_by_the_segments_behind_it(log: StoreBuilder) -> None:
+    """E|20 F|xxxxxxxx // xxxxxxxx // records that know more"""
+    while log.position < 3 * SEGMENT:
+        log.message(bytes(300))
+        log.sync()
+    log.write_bytes(log.places[25], b"\xee" * (2 * SEGMENT - log.places[25]))
+    with pytest.raises(CorruptLog) as caught:
+        log.recover()
+    assert caught.value.position == log.places[25]
+
+
+def test_a_damaged_header_is_never_taken_for_a_torn_tail(log: StoreBuilder) -> None:
+    log.make_segment(SEGMENT)
+    path = log.place.path(SEGMENT)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(SegmentError):
+        log.recover()
+    assert path.exists()
+
+
+def test_a_segment_full_to_its_end_is_not_touched(tmp_path: Path) -> None:
+    """E|m|m|.... filler // .....   the log ends exactly where a segment does"""
+    log = StoreBuilder(tmp_path)
+    log.begin_epoch()
+    while SEGMENT - log.position >= 4000:
+        log.message(bytes(1000))
+    log.message(bytes(SEGMENT - log.position - 80))
+    assert log.position == SEGMENT
+    log.make_segment(SEGMENT)
+    result, _ = log.recover()
+    assert (result.end, list_segments(log.log)) == (SEGMENT, [0])
+
+
+def test_a_recycled_segments_old_records_are_no_records(log: StoreBuilder) -> None:
+    """// E|20|10|old records of another position //"""
+    junk = b"".join(
+        encode_record(position=50 * SEGMENT + at, epoch=1, flushed=0, kind=1, body=bytes(40))
+        for at in range(0, 1200, 120)
+    )
+    log.write_bytes(log.position, junk)
+    result, _ = log.recover()
+    assert (result.end, result.reason, result.cut_bytes) == (log.position, "whole", 0)
+    check_sound(log, result)
+
+
+def test_leftovers_of_segments_in_the_making_are_removed(log: StoreBuilder) -> None:
+    leftover = log.log / ("0" * 19 + "9.tmp")
+    leftover.touch()
+    log.recover()
+    assert not leftover.exists()
+
+
+# ---- what is read back
+
+
+def long_log(directory: Path) -> tuple[StoreBuilder, int, int]:
+    """E|300|B Z|300|B Z|100 (checkpoint: second snapshot)|50"""
+    log = StoreBuilder(directory)
+    log.begin_epoch()
+    log.messages(300)
+    first = log.snapshot()
+    log.messages(300)
+    second = log.snapshot()
+    log.messages(100)
+    log.sync()
+    return log, first, second
+
+
+def test_reading_begins_at_the_checkpoints_snapshot(tmp_path: Path) -> None:
+    log, _, second = long_log(tmp_path)
+    log.checkpoint(snapshot=second, epochs=(Epoch(1, 0, 0),))
+    log.messages(50)
+    result, seen = log.recover()
+    assert (result.replayed_from, result.snapshot, result.end) == (second, second, log.position)
+    assert seen.kinds == [RecordKind.SNAPSHOT_BEGIN, RecordKind.SNAPSHOT_END]
+    assert len(seen.positions) == 150
+    assert result.epochs == (Epoch(1, 0, 0),)
+
+
+def test_reading_begins_where_the_consume_queues_end_if_that_is_older(tmp_path: Path) -> None:
+    log, _, second = long_log(tmp_path)
+    dispatched = log.places[log.places.index(second) - 10]
+    log.checkpoint(snapshot=second, dispatched=dispatched)
+    result, seen = log.recover()
+    assert (result.replayed_from, result.dispatched) == (dispatched, dispatched)
+    assert seen.positions == [place for place in log.places if place >= dispatched and is_message(log, place)]
+    assert seen.replayed[0].position == second, "definitions from the snapshot on"
+
+
+@pytest.mark.parametrize("damage", ["missing", "both copies", "another store", "no snapshot there"])
+def test_without_a_usable_checkpoint_all_is_read_and_the_newest_whole_snapshot_counts(
+    tmp_path: Path, damage: str
+) -> None:
+    log, _, second = long_log(tmp_path)
+    log.snapshot(complete=False)
+    log.checkpoint(snapshot=second if damage != "no snapshot there" else log.places[200])
+    if damage == "missing":
+        log.checkpoint_path.unlink()
+    elif damage == "both copies":
+        log.checkpoint_path.write_bytes(b"\xee" * 8192)
+    elif damage == "another store":
+        log.checkpoint_path.write_bytes(Checkpoint(b"x" * 16, flushed=2**40).encode() * 2)
+    result, seen = log.recover()
+    assert (result.replayed_from, result.snapshot) == (0, second)
+    assert len(seen.positions) == 700
+    assert seen.replayed[0].position == second
+
+
+def test_a_log_whose_first_segments_are_gone_is_read_from_what_it_has(tmp_path: Path) -> None:
+    log, _, second = long_log(tmp_path)
+    for base in range(0, second - SEGMENT, SEGMENT):
+        log.place.path(base).unlink()
+    first = list_segments(log.log)[0]
+    assert first > 0
+    result, seen = log.recover()
+    assert (result.first, result.replayed_from, result.snapshot, result.end) == (first, first, second, log.position)
+    assert seen.positions == [place for place in log.places if place >= first and is_message(log, place)]
+
+
+def is_message(log: StoreBuilder, place: int) -> bool:
+    return decode_record(log.records[log.places.index(place)], place).kind == RecordKind.MESSAGE
+
+
+def test_after_a_clean_stop_nothing_is_written(log: StoreBuilder) -> None:
+    log.make_segment(SEGMENT)
+    log.sync()
+    log.checkpoint(clean=True)
+    before = {path: path.stat().st_mtime_ns for path in log.log.iterdir()}
+    result, _ = log.recover()
+    assert (result.reason, result.end) == ("clean", log.position)
+    assert {path: path.stat().st_mtime_ns for path in log.log.iterdir()} == before
+
+
+def test_a_sound_record_with_a_senseless_body_is_refused(log: StoreBuilder) -> None:
+    log.append(RecordKind.EPOCH, b"[]")
+    with pytest.raises(CorruptLog, match="senseless"):
+        log.recover()
+
+
+def test_repair_cuts_at_the_hole_and_keeps_what_it_cut(log: StoreBuilder) -> None:
+    """E|0..8|x|10..19 F|10 // later"""
+    while log.position < SEGMENT + 200:
+        log.message(bytes(300))
+    log.sync()
+    log.checkpoint()
+    log.flip(log.places[10] + 99)
+    damaged = {path.name: path.read_bytes() for path in log.log.iterdir()}
+    with pytest.raises(CorruptLog):
+        log.recover()
+    checkpoints = CheckpointFile(log.checkpoint_path)
+    assert repair(log.place, checkpoints).end == log.places[10]
+    checkpoints.close()
+    assert {path.stem: path.read_bytes() for path in log.log.glob("*.broken")} == damaged
+    result, _ = log.recover()
+    assert (result.end, result.reason) == (log.places[10], "whole")
+    check_sound(log, result)
+
+
+# ---- kills
+
+
+POINTS = ["scanned", "removed", "tail_zeroed", "checkpoint_lowered", "cut", "done"]
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("first", POINTS)
+@pytest.mark.parametrize("second", [None, "removed", "cut"])
+def test_a_kill_inside_recovery_changes_nothing_about_where_the_log_ends(
+    tmp_path: Path, first: str, second: str | None
+) -> None:
+    """E|20 F|10|(g|g F'|x|g)|m // m: every step has something to do."""
+    log = standard(tmp_path)
+    group = log.group(4)
+    while log.position < SEGMENT + 200:
+        log.message(bytes(300))
+    log.checkpoint(flushed=group[2])
+    log.flip(group[2] + 3)
+    code = (
+        "import sys; from pathlib import Path; from support.store_builder import StoreBuilder\n"
+        "from shmbroker import failpoint; failpoint.arm(sys.argv[2] + '=kill', 'test')\n"
+        "StoreBuilder(Path(sys.argv[1])).recover()"
+    )
+    for point in filter(None, (first, second)):
+        command = [sys.executable, "-c", code, str(tmp_path), f"recovery.{point}"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(TESTS)}, timeout=30)
+        assert done.returncode == -9 or (point == second and done.returncode == 0), "nothing left to do the second time"
+    result, seen = log.recover()
+    assert (result.end, result.epoch) == (group[0], 1)
+    assert seen.positions == log.places[1:31]
+    check_sound(log, result)
+
+
+# ---- anything
+
+
+damages = st.one_of(
+    st.tuples(st.just("zero"), st.integers(0, 6000), st.integers(1, 900)),
+    st.tuples(st.just("flip"), st.integers(0, 6000), st.integers(0, 7)),
+    st.tuples(st.just("garbage"), st.integers(0, 6000), st.integers(1, 300)),
+    st.tuples(st.just("duplicate"), st.integers(0, 11), st.integers(0, 11)),  # 512-byte blocks
+    st.tuples(st.just("truncate"), st.integers(0, 6000), st.just(0)),
+)
+
+
+def apply(log: StoreBuilder, damage: tuple[str, int, int]) -> None:
+    kind, place, size = damage
+    if kind == "zero":
+        log.zero(place, size)
+    elif kind == "flip":
+        log.flip(place, size)
+    elif kind == "garbage":
+        log.write_bytes(place, b"\xa5" * size)
+    elif kind == "duplicate":
+        log.write_bytes(size * 512, log.read_bytes(place * 512, 512))
+    else:  # what was never written reads as zeros
+        log.zero(place, SEGMENT - place)
+
+
+def first_damaged(log: StoreBuilder) -> int | None:
+    for place, raw in zip(log.places, log.records, strict=True):
+        if log.read_bytes(place, len(raw)) != raw:
+            return place
+    return None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(damages, min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_any_damage_is_cut_or_refused_by_the_rule_and_never_anything_else(
+    tmp_path: Path, applied: list[tuple[str, int, int]], with_checkpoint: bool, with_group: bool
+) -> None:
+    shutil.rmtree(tmp_path)
+    log = standard(tmp_path)  # about 5,600 bytes, one segment
+    group = log.group(4, 8) if with_group else []
+    if with_checkpoint:
+        log.checkpoint()
+    for damage in applied:
+        apply(log, damage)
+    hole = first_damaged(log)
+    witnesses = [log.flushed] if with_checkpoint else []
+    for place, raw in zip(log.places, log.records, strict=True):
+        if hole is not None and hole < place < hole + log.ring_bytes and log.read_bytes(place, len(raw)) == raw:
+            witnesses.append(decode_record(raw, place).flushed)
+    if hole is not None and any(known > hole for known in witnesses):
+        with pytest.raises(CorruptLog) as caught:
+            log.recover()
+        assert caught.value.position == hole
+        return
+    end = log.position if hole is None else hole
+    if group and group[0] < end < log.position:
+        end = group[0]
+    result, seen = log.recover()
+    assert result.end == end
+    assert seen.positions == [place for place in log.places[1:] if place < end]
+    check_sound(log, result)
+    again, seen_again = log.recover()
+    assert replace(again, cut_bytes=0, reason="", records=0) == replace(result, cut_bytes=0, reason="", records=0)
+    assert seen_again == seen
+
+
+def test_every_length_of_a_log_is_cut_at_a_record(tmp_path: Path) -> None:
+    """E|m|m|...: truncated at each byte in turn."""
+    log = StoreBuilder(tmp_path)
+    log.begin_epoch()
+    for _ in range(8):
+        log.message(bytes(range(1, 33)))
+    whole = log.log_bytes()
+    for size in range(len(whole), -1, -1):
+        log.zero(0, len(whole))
+        if size:
+            log.write_bytes(0, whole[:size])
+        else:
+            log.make_segment(0)
+        result, _ = log.recover()
+        # Of a record's padding nothing can be missed: it is zeros.
+        ends = [place + len(raw) for place, raw in zip(log.places, log.records, strict=True)]
+        needs = [place + decode_record(raw).size for place, raw in zip(log.places, log.records, strict=True)]
+        assert result.end == max([end for end, need in zip(ends, needs, strict=True) if need <= size], default=0), size
