@@ -1,2 +1,259 @@
-/* claim.c */
-typedef int sb_claim_placeholder;
+/* claim.c: what a consumer does with one claim: take, ack, renew, release. The table as a whole: claim_table.c.
+ *
+ * FREE --take--> HELD --ack--> ACKED --base passes--> FREE (next lap)
+ *   ^              | release, expiry, death of the holder: the attempts stay (release: minus this one)
+ *   +--------------+
+ */
+#include "claim.h"
+
+#include "failpoint.h"
+#include "overflow.h"
+
+#define SPINS 2000 /* waits for another process's two or three instructions; beyond that it was stopped or killed there */
+
+/* SB_OK | SB_NO_SPACE: beyond the window | SB_NOT_FOUND: before the base and not in the overflow table, so acked. */
+static int find_place(const sb_region *r, uint32_t table, uint64_t offset, sb_place *place)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t base = sb_load(&c->base); /* SYNC: base */
+    if (offset >= base) {
+        if (offset - base >= r->limits.claim_window) {
+            return SB_NO_SPACE;
+        }
+        *place = (sb_place){.word = sb_claim_place(r, c, offset)};
+        return SB_OK;
+    }
+    return sb_peek(&c->overflowed) ? sb_overflow_find(r, table, offset, place) : SB_NOT_FOUND;
+}
+
+/* A window word loaded before this says nothing about `offset` if the base has passed it meanwhile. */
+static int passed(const sb_region *r, uint32_t table, const sb_place *place, uint64_t offset)
+{
+    return !place->entry && sb_load(&sb_claims_at(r, table)->base) > offset;
+}
+
+static int available(const sb_region *r, uint64_t w, uint64_t offset, uint32_t now_ms)
+{
+    switch (sb_claim_state(w)) {
+    case SB_CLAIM_FREE:
+        return sb_claim_deadline(w) == sb_claim_lap(r, offset);
+    case SB_CLAIM_HELD:
+        return sb_claim_expired(w, now_ms);
+    default:
+        return 0;
+    }
+}
+
+void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms)
+{
+    uint64_t hint = sb_load(&c->deadline_ms);
+    while (deadline_ms != 0 && (hint == 0 || (int32_t)(deadline_ms - (uint32_t)hint) < 0)) {
+        if (sb_cas(&c->deadline_ms, &hint, deadline_ms)) {
+            return;
+        }
+    }
+}
+
+int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms, sb_claim *claim)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    sb_place place;
+    uint64_t stored;
+    do {
+        int code = find_place(r, table, offset, &place);
+        if (code != SB_OK) {
+            return code == SB_NOT_FOUND ? SB_LOST : code;
+        }
+        stored = sb_load(place.word);
+    } while (passed(r, table, &place, offset)); /* at most once: then it is in the overflow table, or done */
+    uint64_t w = stored ^ place.binding;
+    if (!available(r, w, offset, now_ms)) {
+        return SB_LOST;
+    }
+    uint32_t attempts = sb_claim_attempts(w);
+    uint64_t held = sb_claim_word(SB_CLAIM_HELD, slot + 1, attempts < SB_CLAIM_ATTEMPTS_MAX ? attempts + 1 : attempts,
+                                  sb_claim_generation(w) + 1, deadline_ms);
+    if (!sb_cas(place.word, &stored, held ^ place.binding)) {
+        return SB_LOST;
+    }
+    SB_FAILPOINT(claim_taken); /* a kill leaves a claim that nobody was told of: reaped, the attempt counts */
+    sb_claim_note_deadline(c, deadline_ms);
+    if (attempts) {
+        sb_add(&c->redelivered, 1);
+    }
+    *claim = (sb_claim){.offset = offset, .word = held};
+    return SB_OK;
+}
+
+int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
+{
+    sb_place place;
+    int code = find_place(r, table, offset, &place);
+    if (code != SB_OK) {
+        return code == SB_NOT_FOUND ? SB_LOST : code;
+    }
+    uint64_t stored = sb_load(place.word), w = stored ^ place.binding;
+    if (sb_claim_state(w) != SB_CLAIM_FREE || sb_claim_deadline(w) != sb_claim_lap(r, offset)) {
+        return SB_LOST;
+    }
+    if (!sb_cas(place.word, &stored, (w | SB_CLAIM_ACKED) ^ place.binding)) { /* FREE is 0: attempts, generation, lap stay */
+        return SB_LOST;
+    }
+    if (place.entry) {
+        sb_overflow_free(r, table, &place);
+    }
+    return SB_OK;
+}
+
+void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset) { sb_raise(&sb_claims_at(r, table)->next, offset); }
+
+uint64_t sb_claim_next(const sb_region *r, uint32_t table)
+{
+    const sb_claims *c = sb_claims_at(r, table);
+    uint64_t next = sb_load(&c->next), base = sb_load(&c->base);
+    return next > base ? next : base;
+}
+
+/* Keep the `count` smallest, sorted. */
+static uint32_t insert_sorted(uint64_t *offsets, uint32_t found, uint32_t count, uint64_t offset)
+{
+    uint32_t i = found;
+    if (found == count) {
+        if (!count || offsets[count - 1] <= offset) {
+            return found;
+        }
+        i = count - 1;
+    }
+    for (; i > 0 && offsets[i - 1] > offset; i--) {
+        offsets[i] = offsets[i - 1];
+    }
+    offsets[i] = offset;
+    return found < count ? found + 1 : found;
+}
+
+/* The hints are taken down before the scan and put up again by whoever releases after it, so no release is missed; as
+ * long as a scan finds anything the hint stays up, so a scanner that dies before its claims misses nothing either. */
+uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t hint = sb_load(&c->deadline_ms);
+    int due = hint != 0 && (int32_t)(now_ms - (uint32_t)hint) >= 0;
+    if (!due && !sb_load(&c->released)) {
+        return 0;
+    }
+    (void)atomic_exchange_explicit(&c->released, 0, memory_order_acq_rel);
+    if (due) {
+        (void)sb_cas(&c->deadline_ms, &hint, 0);
+    }
+    uint32_t found = 0;
+    uint64_t offset;
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place)) {
+            uint64_t w = sb_load(place.word) ^ place.binding;
+            if (available(r, w, offset, now_ms)) {
+                found = insert_sorted(offsets, found, count, offset);
+            } else if (sb_claim_state(w) == SB_CLAIM_HELD) {
+                sb_claim_note_deadline(c, sb_claim_deadline(w));
+            }
+        }
+    }
+    uint64_t base = sb_load(&c->base), end = sb_load(&c->next);
+    end = end > base + r->limits.claim_window ? base + r->limits.claim_window : end;
+    for (offset = base; offset < end && found < count; offset++) {
+        uint64_t w = sb_load(sb_claim_place(r, c, offset));
+        if (available(r, w, offset, now_ms)) {
+            offsets[found++] = offset;
+        } else if (sb_claim_state(w) == SB_CLAIM_HELD) {
+            sb_claim_note_deadline(c, sb_claim_deadline(w));
+        }
+    }
+    if (found) {
+        sb_store(&c->released, 1);
+    }
+    return found;
+}
+
+/* CAS the claim named by `receipt` to `desired`. Answers SB_OK and where it was. */
+static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint64_t desired, sb_place *place)
+{
+    if (sb_claim_state(receipt) != SB_CLAIM_HELD || sb_claim_holder(receipt) != slot + 1) {
+        return SB_GONE;
+    }
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (find_place(r, table, offset, place) != SB_OK) {
+            return SB_GONE;
+        }
+        uint64_t stored = receipt ^ place->binding;
+        if (sb_cas(place->word, &stored, desired ^ place->binding)) {
+            return SB_OK;
+        }
+        uint64_t w = stored ^ place->binding;
+        if (passed(r, table, place, offset)) {
+            continue; /* look in the overflow table */
+        }
+        if (sb_claim_state(w) != SB_CLAIM_MOVING) {
+            return SB_GONE;
+        }
+        if (sb_claim_holder(w) != SB_CLAIM_MOVED) {
+            if ((w & ~SB_CLAIM_STATE_MASK) != (receipt & ~SB_CLAIM_STATE_MASK)) {
+                return SB_GONE;
+            }
+        } else if (sb_overflow_find(r, table, offset, place) == SB_OK) { /* moved, the base not yet behind it */
+            stored = receipt ^ place->binding;
+            return sb_cas(place->word, &stored, desired ^ place->binding) ? SB_OK : SB_GONE;
+        }
+        if (spin % 64 == 63) {
+            sb_claim_base(r, table); /* the mover may be dead: finish its work */
+        }
+        sb_pause();
+    }
+    return SB_AGAIN;
+}
+
+int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
+{
+    sb_place place;
+    uint64_t acked = sb_claim_word(SB_CLAIM_ACKED, 0, sb_claim_attempts(receipt), sb_claim_generation(receipt), sb_claim_lap(r, offset));
+    int code = change(r, table, offset, receipt, slot, acked, &place);
+    if (code != SB_OK) {
+        return code;
+    }
+    SB_FAILPOINT(claim_acked); /* a kill leaves the base behind (next acker, janitor) or an acked entry (next search for room) */
+    if (place.entry) {
+        sb_overflow_free(r, table, &place);
+    }
+    return SB_OK;
+}
+
+static int give_back(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t attempts)
+{
+    sb_place place;
+    uint64_t freed = sb_claim_word(SB_CLAIM_FREE, 0, attempts, sb_claim_generation(receipt), sb_claim_lap(r, offset));
+    int code = change(r, table, offset, receipt, slot, freed, &place);
+    if (code == SB_OK) {
+        sb_store(&sb_claims_at(r, table)->released, 1);
+    }
+    return code;
+}
+
+int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms, sb_claim *renewed)
+{
+    if (deadline_ms == 0) {
+        return give_back(r, table, offset, receipt, slot, sb_claim_attempts(receipt));
+    }
+    sb_place place;
+    uint64_t held = sb_claim_word(SB_CLAIM_HELD, slot + 1, sb_claim_attempts(receipt), sb_claim_generation(receipt) + 1, deadline_ms);
+    int code = change(r, table, offset, receipt, slot, held, &place);
+    if (code == SB_OK) {
+        sb_claim_note_deadline(sb_claims_at(r, table), deadline_ms);
+        *renewed = (sb_claim){.offset = offset, .word = held};
+    }
+    return code;
+}
+
+int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
+{
+    uint32_t attempts = sb_claim_attempts(receipt);
+    return give_back(r, table, offset, receipt, slot, attempts ? attempts - 1 : 0);
+}

@@ -1,4 +1,13 @@
-/* claim.h: which consumer has which message (R9). One word per message in flight; no lock on the way. */
+/* claim.h: which consumer has which message (R9). One word per message in flight; no lock on the way.
+ *
+ * A claim table is a window of words over the offsets [base, base + window) of one queue, for one group. The word of an
+ * offset is made from nothing but a CAS of its exact old value. Two things keep a slow process from hitting the word of
+ * another offset (the same place, one lap later): a FREE or ACKED word carries its lap, and a receipt is the whole HELD
+ * word, whose generation moves with every claim of that place.
+ *
+ * A claim older than the window lies in the overflow table. There the word is bound to its table and offset (see
+ * sb_claim_binding), so that it cannot be mistaken for another's when the entry is used again.
+ */
 #ifndef SHMBROKER_CLAIM_H
 #define SHMBROKER_CLAIM_H
 
@@ -7,39 +16,114 @@
 
 #define SB_CLAIM_ATTEMPTS_MAX 255u
 #define SB_CLAIM_GENERATION_MASK 0x3ffu
-#define SB_CLAIM_SLOT_MAX 4094u
+#define SB_CLAIM_SLOT_MAX 4093u
+#define SB_CLAIM_MOVED 0xfffu /* in the slot field of a MOVING word: the claim went to the overflow table */
+
+/* The word, from its lowest bit: state 2 | slot + 1: 12 (0: none) | attempts 8 | generation 10 | deadline or lap 32. */
+static inline uint32_t sb_claim_state(uint64_t w) { return (uint32_t)(w & SB_CLAIM_STATE_MASK); }
+static inline uint32_t sb_claim_holder(uint64_t w) { return (uint32_t)(w >> 2) & 0xfffu; } /* slot + 1 */
+static inline uint32_t sb_claim_attempts(uint64_t w) { return (uint32_t)(w >> 14) & 0xffu; }
+static inline uint32_t sb_claim_generation(uint64_t w) { return (uint32_t)(w >> 22) & SB_CLAIM_GENERATION_MASK; }
+static inline uint32_t sb_claim_deadline(uint64_t w) { return (uint32_t)(w >> 32); } /* HELD: ms, 0 none. Else the lap */
+static inline uint64_t sb_claim_word(uint32_t state, uint32_t holder, uint32_t attempts, uint32_t generation, uint32_t deadline)
+{
+    return (uint64_t)state | (uint64_t)holder << 2 | (uint64_t)attempts << 14 |
+           (uint64_t)(generation & SB_CLAIM_GENERATION_MASK) << 22 | (uint64_t)deadline << 32;
+}
+static inline int sb_claim_expired(uint64_t held, uint32_t now_ms)
+{
+    uint32_t deadline = sb_claim_deadline(held);
+    return deadline != 0 && (int32_t)(now_ms - deadline) >= 0;
+}
+/* When a claim made now for `invisible_ms` ends: never early (the clock was cut to whole ms), never 0. */
+static inline uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
+{
+    uint32_t deadline = now_ms + invisible_ms + 1u;
+    return deadline ? deadline : 1u;
+}
+#define SB_CLAIM_INVISIBLE_MAX_MS (12u * 3600u * 1000u)
+
+static inline void sb_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static inline sb_word *sb_claim_place(const sb_region *r, sb_claims *c, uint64_t offset)
+{
+    return &c->word[offset & (r->limits.claim_window - 1u)];
+}
+static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t offset)
+{
+    return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window));
+}
+/* Xor of this over an overflow entry's claim word: no two offsets of a table, nor two tables at one offset, share it. */
+static inline uint64_t sb_claim_binding(uint32_t table, uint64_t offset)
+{
+    return (uint64_t)((uint32_t)offset ^ table * 0x9e3779b1u) << 32;
+}
 
 typedef struct {
     uint64_t offset;
-    uint64_t word; /* the claim as taken: its generation is the receipt */
+    uint64_t word; /* the claim as taken: it is the receipt */
 } sb_claim;
 
-/* Find or create the claim table of (group, queue); a new one starts at `base`. SB_OK | SB_TABLE_FULL | SB_TIMEOUT ... */
-int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table);
+/* Find or create the claim table of (group, queue), given by slot; a new one starts at `base`. SB_OK (*created) |
+ * SB_TABLE_FULL | SB_TIMEOUT | SB_INVALID | SB_BROKEN. Deadline: for the definition lock. */
+int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created);
+/* All words FREE, no overflow entries, base and next at `base`. Nobody may use the table meanwhile. */
+void sb_claims_format(sb_region *r, uint32_t table, uint64_t base);
+/* Only look. SB_OK | SB_NOT_FOUND. */
+int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t *table);
 
-/* Claim offset `offset` (known to hold a visible message) for client slot `slot` until `deadline_ms`. attempts of the
- * result counts this delivery. SB_OK | SB_LOST: somebody else has it or had it | SB_NO_SPACE: beyond the window. */
-int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t deadline_ms, sb_claim *claim);
-/* The same, straight to ACKED: a filtered-out message. */
+/* Claim `offset` (known to hold a visible message) for client slot `slot` until `deadline_ms` (0: no deadline). The
+ * attempts of the result count this delivery. SB_OK | SB_LOST: somebody else has it or had it | SB_NO_SPACE: beyond the
+ * window. `now_ms`: an expired claim is taken over. */
+int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms, sb_claim *claim);
+/* Straight to ACKED, without a delivery: a filtered-out message. SB_OK | SB_LOST | SB_NO_SPACE. */
 int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset);
-/* Offsets below next that are FREE again (released or expired), oldest first, at most `count`. Overflow included. */
-uint32_t sb_claim_released(sb_region *r, uint32_t table, uint64_t *offsets, uint32_t count);
-/* next >= offset from now on. */
+/* Offsets that were claimed before and can be had again (released or expired), oldest first, at most `count`. Costs two
+ * loads when there are none. Overflow included. */
+uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count);
+/* Hint: the table's earliest deadline; may be too early, never too late. */
+void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms);
+/* Hint: next >= offset from now on. */
 void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset);
-/* The window is full and its oldest is not acked: move it to the overflow table. SB_OK | SB_TABLE_FULL | SB_LOCKED. */
-int sb_claim_overflow(sb_region *r, uint32_t table);
+/* Where a search for fresh messages begins. */
+uint64_t sb_claim_next(const sb_region *r, uint32_t table);
 
-/* SB_OK | SB_GONE: the claim is no longer `slot`'s, or its generation has passed. */
+/* A receipt is the word of the claim. SB_OK | SB_GONE: the claim is no longer `slot`'s, or was renewed since | SB_AGAIN:
+ * another process decides about this claim at this moment and did not finish within a short spin. */
 int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot);
-/* New deadline (0 ms from now: available at once, as a release). The result's word is the new receipt; the old is void. */
+/* New deadline; the result's word is the new receipt, the old one is void. deadline_ms 0: give it back now, as if it had
+ * expired (the attempt counts); then there is no new receipt. */
 int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms, sb_claim *renewed);
 /* Give back without counting the attempt (never shown to the application). */
 int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot);
-/* Move the base over all that is acked, by try-lock; repairs after a dead holder. */
-void sb_claim_base(sb_region *r, uint32_t table);
 
-/* Janitor. */
-uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot);                  /* all claims of a dead slot */
-uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, uint32_t *next_ms); /* *next: ms until the next deadline, SB_NIL none */
+/* Move the base over all that is acked, by try-lock; finishes what a dead holder of the claim lock left. To be called
+ * after each run of acks. */
+void sb_claim_base(sb_region *r, uint32_t table);
+/* The window is full: move its oldest unacked claims to the overflow table. SB_OK: the base has moved | SB_TABLE_FULL |
+ * SB_LOCKED: another process is at it (or was stopped at it). */
+int sb_claim_overflow(sb_region *r, uint32_t table);
+
+/* Janitor. Both set the hints that make receivers look; the caller wakes the group where the answer is not 0. */
+uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot); /* give back all claims of a dead slot */
+/* Give back what has expired, mend hints and the base. *next: ms until the next deadline, SB_NIL none. */
+uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, uint32_t *next_ms);
+/* Something claimable that was claimed before: FREE words below next, or overflow entries. For the wake-up backstop. */
+int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms);
+
+/* Progress (R14): the state of a table as runs of consecutive offsets, sorted; layout.h draws them. Unacked offsets are
+ * named below the base (overflow) and, if they were ever delivered, above it. Returns how many runs there are; writes at
+ * most `room`. A loose snapshot: exact once nobody claims or acks. */
+uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base, sb_progress_run *runs, uint32_t room);
+/* Recovery, nobody else attached: merge one progress body into the table. `created`: the table says nothing yet. SB_OK |
+ * SB_TABLE_FULL: the overflow table is too small | SB_INVALID: runs out of order. */
+int sb_claims_merge(sb_region *r, uint32_t table, int created, const sb_progress *progress, const sb_progress_run *runs);
 
 #endif

@@ -21,8 +21,9 @@
     X(claim_pending, "claim.pending")             /* pending_base stored */                                           \
     X(claim_half_reset, "claim.half_reset")       /* some words reset, base old */                                    \
     X(claim_base, "claim.base")                   /* base new, claim lock held */                                     \
-    X(claim_moving, "claim.moving")               /* overflow: word MOVING */                                         \
-    X(claim_moved, "claim.moved")                 /* overflow: entry written, word not reset */                       \
+    X(claim_reserved, "claim.reserved")           /* overflow: entry reserved, word as it was */                      \
+    X(claim_moving, "claim.moving")               /* overflow: entry filled, word marked, entry not live */           \
+    X(claim_moved, "claim.moved")                 /* overflow: entry live, base not moved */                          \
     X(flushed_stored, "flushed.stored")           /* flushed new, nobody posted */
 
 enum sb_failpoint_id {

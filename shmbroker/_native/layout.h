@@ -340,11 +340,40 @@ typedef struct {
 enum sb_claim_state { SB_CLAIM_FREE = 0, SB_CLAIM_HELD = 1, SB_CLAIM_MOVING = 2, SB_CLAIM_ACKED = 3 };
 
 typedef struct {
-    sb_word owner; /* claim table + 1; 0 free */
+    sb_word owner; /* how often it was taken << 32 | being filled << 31 | claim table + 1 (0 free); CAS. SYNC: overflow */
     sb_word offset;
-    sb_word claim; /* as above */
+    sb_word claim; /* as above, xor sb_claim_binding */
     sb_word reserved;
 } sb_overflow;
+
+/* Body of a PROGRESS record (R14), little-endian: this header, then its runs, sorted by offset and disjoint.
+ *
+ *    0        4        8     10      12       16       24       28
+ *    +--------+--------+-----+-------+--------+--------+--------+--------+
+ *    | group  | topic  |queue|version| reset  | base   | runs   | 0      |
+ *    +--------+--------+-----+-------+--------+--------+--------+--------+
+ *    | first           | count  | attempts | kind |   ... runs times
+ *    +-----------------+--------+----------+------+
+ * Below base everything is acked but the UNACKED runs (overflow). From base on nothing is but the ACKED runs; UNACKED
+ * runs there carry the attempts of what was delivered. Merge: larger base, or of the acks, larger attempts; a larger
+ * reset generation replaces a smaller one.
+ */
+#define SB_PROGRESS_VERSION 1u
+typedef struct {
+    uint32_t group_id, topic_id;
+    uint16_t queue_id, version;
+    uint32_t reset_generation;
+    uint64_t base;
+    uint32_t run_count, reserved;
+} sb_progress;
+
+enum sb_run_kind { SB_RUN_ACKED = 1, SB_RUN_UNACKED = 2 };
+typedef struct {
+    uint64_t first;
+    uint32_t count;
+    uint16_t attempts;
+    uint16_t kind;
+} sb_progress_run;
 
 /* Ids kept by hash: dedup keys, and the last ids before a restart (R17). Append lock, undo scope. */
 typedef struct {
@@ -376,6 +405,7 @@ _Static_assert(sizeof(sb_worker) == 128 && sizeof(sb_waiter) == 128 && sizeof(sb
 _Static_assert(sizeof(sb_client) == 128 + 16 * SB_ID_WINDOW, "client slot");
 _Static_assert(sizeof(sb_topic) % SB_LINE == 0 && sizeof(sb_group) % SB_LINE == 0, "tables stay aligned");
 _Static_assert(sizeof(sb_block) == 64 + 8 * SB_BLOCK_ENTRIES, "index block");
+_Static_assert(sizeof(sb_progress) == 32 && offsetof(sb_progress, base) == 16 && sizeof(sb_progress_run) == 16, "progress body");
 _Static_assert(sizeof(sb_claims) % SB_LINE == 0 && sizeof(sb_overflow) == 32 && sizeof(sb_id) == 32, "tables");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the log is little-endian");
 

@@ -1,0 +1,357 @@
+/* claim_table.c: a claim table as a whole: finding it, moving its base, overflow, repair, and the janitor's part.
+ *
+ * Under the claim lock (robust, only ever try-locked, R12): base, pending_base, moving_slot. The order of stores, and what
+ * a kill at each edge leaves, stands in move_base() and move_oldest(); repair() is run by the next one who gets the lock.
+ * Words that the base passes are ACKED, or MOVING with the mark MOVED: nobody but the holder of the lock changes those. */
+#include "claim.h"
+
+#include "failpoint.h"
+#include "overflow.h"
+
+#define MOVES_MAX 64u  /* claims moved to the overflow table by one call */
+#define PASSES_MAX 16u /* of the base in one call; whoever comes next goes on */
+
+static int is_moved(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_MOVING && sb_claim_holder(w) == SB_CLAIM_MOVED; }
+static int is_passable(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_ACKED || is_moved(w); }
+
+void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t offset;
+    sb_place place;
+    for (uint32_t i = 0; i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place)) {
+            sb_overflow_free(r, table, &place);
+        }
+    }
+    for (uint64_t o = base; o < base + r->limits.claim_window; o++) {
+        sb_word *word = sb_claim_place(r, c, o);
+        sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, o)));
+    }
+    sb_store(&c->base, base);
+    sb_store(&c->pending_base, base);
+    sb_store(&c->next, base);
+}
+
+int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t *table)
+{
+    if (group >= r->limits.groups || queue >= r->limits.queues) {
+        return SB_NOT_FOUND;
+    }
+    const sb_group *g = sb_group_at(r, group);
+    const sb_queue *q = sb_queue_at(r, queue);
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        const sb_claims *c = sb_claims_at(r, i);
+        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == g->group_id && c->topic_id == q->topic_id && c->queue_id == q->queue_id) {
+            *table = i;
+            return SB_OK;
+        }
+    }
+    return SB_NOT_FOUND;
+}
+
+/* Under the definition lock. State is stored last: a kill before it leaves a free slot, formatted anew by the next. */
+static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table)
+{
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *c = sb_claims_at(r, i);
+        if (sb_load(&c->state) == SB_SLOT_LIVE) {
+            continue;
+        }
+        c->group_slot = group;
+        c->queue_slot = queue;
+        c->group_id = sb_group_at(r, group)->group_id;
+        c->topic_id = sb_queue_at(r, queue)->topic_id;
+        c->queue_id = sb_queue_at(r, queue)->queue_id;
+        sb_word *zero[] = {&c->released, &c->deadline_ms, &c->reset_generation, &c->moving_slot, &c->delivered,
+                           &c->acked,    &c->redelivered, &c->refused};
+        for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
+            sb_store(zero[z], 0);
+        }
+        sb_store(&c->recorded, ~0ull); /* never written to the log */
+        sb_claims_format(r, i, base);
+        sb_store(&c->state, SB_SLOT_LIVE);
+        *table = i;
+        return SB_OK;
+    }
+    return SB_TABLE_FULL;
+}
+
+int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created)
+{
+    *created = 0;
+    if (group >= r->limits.groups || queue >= r->limits.queues) {
+        return SB_INVALID;
+    }
+    if (sb_claims_find(r, group, queue, table) == SB_OK) {
+        return SB_OK;
+    }
+    pthread_mutex_t *lock = &r->control->locks.definition;
+    int code = sb_mutex_lock(lock, deadline_ns);
+    if (code == SB_OWNER_DEAD) { /* definitions become live by one store or by an append's effects: nothing to repair */
+        code = sb_mutex_consistent(lock);
+    }
+    if (code != SB_OK) {
+        return code;
+    }
+    code = sb_claims_find(r, group, queue, table);
+    if (code == SB_NOT_FOUND) {
+        code = create(r, group, queue, base, table);
+        *created = code == SB_OK;
+    }
+    sb_mutex_unlock(lock);
+    return code;
+}
+
+/* Finish [base, pending_base): twice does no harm, a word of the next lap is left alone. */
+static void reset_words(const sb_region *r, sb_claims *c, uint64_t base, uint64_t end)
+{
+    for (uint64_t o = base; o < end; o++) {
+        sb_word *word = sb_claim_place(r, c, o);
+        uint64_t w = sb_load(word);
+        if (is_passable(w)) {
+            sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(w), sb_claim_lap(r, o) + 1));
+        }
+        if (o == base) {
+            SB_FAILPOINT(claim_half_reset); /* some words are of the next lap, beyond the old base's window: nobody takes them */
+        }
+    }
+    sb_store(&c->base, end); /* SYNC: base. From here on the reset words can be claimed */
+    SB_FAILPOINT(claim_base); /* nothing is left to do but unlock */
+}
+
+static int move_base(const sb_region *r, sb_claims *c)
+{
+    uint64_t base = sb_load(&c->base), end = base;
+    while (end - base < r->limits.claim_window && is_passable(sb_load(sb_claim_place(r, c, end)))) {
+        end++;
+    }
+    if (end == base) {
+        return 0;
+    }
+    sb_store(&c->pending_base, end);
+    SB_FAILPOINT(claim_pending); /* no word changed yet: repair resets them */
+    reset_words(r, c, base, end);
+    return 1;
+}
+
+/* The last holder of the claim lock was killed. */
+static void repair(sb_region *r, uint32_t table)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t base = sb_load(&c->base), pending = sb_load(&c->pending_base), moving = sb_load(&c->moving_slot);
+    if (moving != 0 && moving <= r->limits.overflow_claims && sb_overflow_is_reserved(r, table, (uint32_t)moving - 1)) {
+        if (is_moved(sb_load(sb_claim_place(r, c, base)))) {
+            sb_overflow_publish(r, table, (uint32_t)moving - 1); /* the entry was filled before the word was marked */
+        } else {
+            sb_overflow_cancel(r, table, (uint32_t)moving - 1);
+        }
+    }
+    sb_store(&c->moving_slot, 0);
+    if (pending > base && pending - base <= r->limits.claim_window) {
+        reset_words(r, c, base, pending);
+    }
+}
+
+static int try_lock(sb_region *r, uint32_t table)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    int code = sb_mutex_try(&c->lock);
+    if (code == SB_OWNER_DEAD) {
+        repair(r, table);
+        code = sb_mutex_consistent(&c->lock);
+    }
+    return code;
+}
+
+void sb_claim_base(sb_region *r, uint32_t table)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    for (uint32_t pass = 0; pass < PASSES_MAX; pass++) {
+        /* An acker stores its word and then looks at the base; a mover stores the base, unlocks, and then looks at the
+         * word behind it. With a full fence on both sides at least one of them sees the other. */
+        sb_fence();
+        uint64_t base = sb_load(&c->base);
+        int work = is_passable(sb_load(sb_claim_place(r, c, base))) || sb_load(&c->pending_base) > base || sb_load(&c->moving_slot);
+        if (!work || try_lock(r, table) != SB_OK) {
+            return;
+        }
+        int moved = move_base(r, c);
+        sb_mutex_unlock(&c->lock);
+        if (!moved) {
+            return;
+        }
+    }
+}
+
+/* Move the claim at the base to an overflow entry. The lock is held. SB_OK: it is passable now. */
+static int move_oldest(sb_region *r, uint32_t table)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t base = sb_load(&c->base);
+    sb_word *word = sb_claim_place(r, c, base);
+    uint32_t i;
+    if (sb_overflow_reserve(r, table, base, &i) != SB_OK) {
+        return SB_TABLE_FULL;
+    }
+    sb_overflow *e = sb_overflow_at(r, i);
+    sb_store(&e->offset, base);
+    SB_FAILPOINT(claim_reserved); /* the word is as it was: repair frees the entry */
+    for (;;) {
+        uint64_t w = sb_load(word);
+        if (is_passable(w)) { /* acked meanwhile */
+            sb_overflow_cancel(r, table, i);
+            break;
+        }
+        if (sb_claim_state(w) == SB_CLAIM_MOVING) { /* an append decides about it */
+            sb_overflow_cancel(r, table, i);
+            sb_store(&c->moving_slot, 0);
+            return SB_LOCKED;
+        }
+        sb_store(&e->claim, w ^ sb_claim_binding(table, base));
+        uint64_t marked = sb_claim_word(SB_CLAIM_MOVING, SB_CLAIM_MOVED, sb_claim_attempts(w), sb_claim_generation(w), sb_claim_lap(r, base));
+        if (sb_cas(word, &w, marked)) {
+            SB_FAILPOINT(claim_moving); /* the entry is whole but not live: repair publishes it; ackers wait for that */
+            sb_overflow_publish(r, table, i);
+            SB_FAILPOINT(claim_moved); /* the entry is live, the marked word passable: the base goes on */
+            break;
+        }
+    }
+    sb_store(&c->moving_slot, 0);
+    return SB_OK;
+}
+
+int sb_claim_overflow(sb_region *r, uint32_t table)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    int code = try_lock(r, table);
+    if (code != SB_OK) {
+        return code;
+    }
+    int moved = move_base(r, c);
+    /* Who fills a window holds most of it: while at it, move the run of held claims behind the oldest as well. */
+    for (uint32_t n = 0; n < MOVES_MAX && !(moved && n == 0); n++) {
+        uint32_t state = sb_claim_state(sb_load(sb_claim_place(r, c, sb_load(&c->base))));
+        if (n > 0 && state != SB_CLAIM_HELD) {
+            break;
+        }
+        code = move_oldest(r, table);
+        if (code != SB_OK) {
+            break;
+        }
+        moved |= move_base(r, c);
+    }
+    sb_mutex_unlock(&c->lock);
+    return moved ? SB_OK : code;
+}
+
+/* ---- janitor ------------------------------------------------------------------------------------------------- */
+
+static uint64_t freed(const sb_region *r, uint64_t held, uint64_t offset)
+{
+    return sb_claim_word(SB_CLAIM_FREE, 0, sb_claim_attempts(held), sb_claim_generation(held), sb_claim_lap(r, offset));
+}
+
+/* What a walk over all words of a table looks for, and what it saw. */
+typedef struct {
+    uint32_t slot;   /* give back what this slot holds; SB_NIL: nobody's */
+    uint32_t now_ms; /* give back what has expired by now, if `expire` */
+    int expire;
+    uint32_t given_back, claimable;
+    uint32_t earliest; /* deadline, 0 none */
+} walk;
+
+static void visit(const sb_region *r, uint32_t table, uint64_t offset, const sb_place *place, walk *v)
+{
+    const sb_claims *c = sb_claims_at(r, table);
+    uint64_t stored = sb_load(place->word), w = stored ^ place->binding;
+    if (!place->entry && sb_load(&c->base) > offset) {
+        return; /* the word is of the next lap already */
+    }
+    switch (sb_claim_state(w)) {
+    case SB_CLAIM_HELD:
+        if ((v->slot != SB_NIL && sb_claim_holder(w) == v->slot + 1) || (v->expire && sb_claim_expired(w, v->now_ms))) {
+            v->given_back += (uint32_t)sb_cas(place->word, &stored, freed(r, w, offset) ^ place->binding);
+        } else if (sb_claim_deadline(w) && (!v->earliest || (int32_t)(sb_claim_deadline(w) - v->earliest) < 0)) {
+            v->earliest = sb_claim_deadline(w);
+        }
+        break;
+    case SB_CLAIM_FREE:
+        v->claimable += sb_claim_deadline(w) == sb_claim_lap(r, offset) && (place->entry || offset < sb_load(&c->next));
+        break;
+    case SB_CLAIM_ACKED:
+        if (place->entry) {
+            sb_overflow_free(r, table, place);
+        }
+        break;
+    default:
+        break;
+    }
+}
+
+/* Overflow entries, then the window as far as the queue has messages. */
+static void walk_table(const sb_region *r, uint32_t table, walk *v)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    uint64_t offset;
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place)) {
+            visit(r, table, offset, &place, v);
+        }
+    }
+    uint64_t base = sb_load(&c->base), end = base + r->limits.claim_window;
+    if (c->queue_slot < r->limits.queues) {
+        uint64_t next = sb_load(&sb_queue_at(r, c->queue_slot)->next_offset);
+        end = next < end ? next : end;
+    }
+    for (offset = base; offset < end; offset++) {
+        visit(r, table, offset, &(sb_place){.word = sb_claim_place(r, c, offset)}, v);
+    }
+}
+
+uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    if (sb_load(&c->state) != SB_SLOT_LIVE) {
+        return 0;
+    }
+    sb_claim_base(r, table);
+    walk v = {.slot = slot};
+    walk_table(r, table, &v);
+    if (v.given_back) {
+        sb_store(&c->released, 1);
+    }
+    return v.given_back;
+}
+
+uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, uint32_t *next_ms)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    *next_ms = SB_NIL;
+    if (sb_load(&c->state) != SB_SLOT_LIVE) {
+        return 0;
+    }
+    sb_claim_base(r, table);
+    walk v = {.slot = SB_NIL, .now_ms = now_ms, .expire = 1};
+    walk_table(r, table, &v);
+    if (v.given_back || v.claimable) {
+        sb_store(&c->released, 1);
+    }
+    if (v.earliest) {
+        sb_claim_note_deadline(c, v.earliest);
+        *next_ms = (int32_t)(v.earliest - now_ms) > 0 ? v.earliest - now_ms : 0;
+    }
+    return v.given_back;
+}
+
+int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
+{
+    const sb_claims *c = sb_claims_at(r, table);
+    if (sb_load(&c->state) != SB_SLOT_LIVE || c->queue_slot >= r->limits.queues) {
+        return 0;
+    }
+    uint64_t next = sb_claim_next(r, table), base = sb_load(&c->base), hint = sb_load(&c->deadline_ms);
+    return sb_load(&c->released) || (hint && (int32_t)(now_ms - (uint32_t)hint) >= 0) ||
+           (next < sb_load(&sb_queue_at(r, c->queue_slot)->next_offset) && next - base < r->limits.claim_window);
+}
