@@ -188,25 +188,21 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
         if (sb_cas(place->word, &stored, desired ^ place->binding)) {
             return SB_OK;
         }
-        uint64_t w = stored ^ place->binding;
         if (passed(r, table, place, offset)) {
             continue; /* look in the overflow table */
         }
-        if (sb_claim_state(w) != SB_CLAIM_MOVING) {
-            return SB_GONE;
-        }
-        if (sb_claim_holder(w) != SB_CLAIM_MOVED) {
-            if ((w & ~SB_CLAIM_STATE_MASK) != (receipt & ~SB_CLAIM_STATE_MASK)) {
+        uint64_t w = stored ^ place->binding;
+        if (sb_claim_left_window(r, w, offset)) { /* its entry is whole, though the base may not be behind it yet */
+            if (sb_overflow_find(r, table, offset, place) != SB_OK) {
                 return SB_GONE;
             }
-        } else if (sb_overflow_find(r, table, offset, place) == SB_OK) { /* moved, the base not yet behind it */
             stored = receipt ^ place->binding;
             return sb_cas(place->word, &stored, desired ^ place->binding) ? SB_OK : SB_GONE;
         }
-        if (spin % 64 == 63) {
-            sb_claim_base(r, table); /* the mover may be dead: finish its work */
+        if (w != ((receipt & ~SB_CLAIM_STATE_MASK) | SB_CLAIM_MOVING)) {
+            return SB_GONE;
         }
-        sb_pause();
+        sb_pause(); /* an append is about to decide about this very claim */
     }
     return SB_AGAIN;
 }

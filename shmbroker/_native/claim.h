@@ -60,6 +60,12 @@ static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t offset)
 {
     return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window));
 }
+/* The window's word says that the claim of `offset` lies in the overflow table, or that the base is passing it. */
+static inline int sb_claim_is_moved(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_MOVING && sb_claim_holder(w) == SB_CLAIM_MOVED; }
+static inline int sb_claim_left_window(const sb_region *r, uint64_t w, uint64_t offset)
+{
+    return sb_claim_is_moved(w) || (sb_claim_state(w) == SB_CLAIM_FREE && sb_claim_deadline(w) == sb_claim_lap(r, offset) + 1u);
+}
 /* Xor of this over an overflow entry's claim word: no two offsets of a table, nor two tables at one offset, share it. */
 static inline uint64_t sb_claim_binding(uint32_t table, uint64_t offset)
 {
@@ -107,9 +113,9 @@ int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t rec
 /* Move the base over all that is acked, by try-lock; finishes what a dead holder of the claim lock left. To be called
  * after each run of acks. */
 void sb_claim_base(sb_region *r, uint32_t table);
-/* The window is full: move its oldest unacked claims to the overflow table. SB_OK: the base has moved | SB_TABLE_FULL |
- * SB_LOCKED: another process is at it (or was stopped at it). */
-int sb_claim_overflow(sb_region *r, uint32_t table);
+/* The window ends before `wanted`: move its oldest unacked claims to the overflow table. SB_OK: there is room now |
+ * SB_TABLE_FULL | SB_LOCKED: another process is at it (or was stopped at it), call again. */
+int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted);
 
 /* Janitor. Both set the hints that make receivers look; the caller wakes the group where the answer is not 0. */
 uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot); /* give back all claims of a dead slot */

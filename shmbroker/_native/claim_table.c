@@ -5,14 +5,14 @@
  * Words that the base passes are ACKED, or MOVING with the mark MOVED: nobody but the holder of the lock changes those. */
 #include "claim.h"
 
+#include "definition.h"
 #include "failpoint.h"
 #include "overflow.h"
 
 #define MOVES_MAX 64u  /* claims moved to the overflow table by one call */
 #define PASSES_MAX 16u /* of the base in one call; whoever comes next goes on */
 
-static int is_moved(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_MOVING && sb_claim_holder(w) == SB_CLAIM_MOVED; }
-static int is_passable(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_ACKED || is_moved(w); }
+static int is_passable(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_ACKED || sb_claim_is_moved(w); }
 
 void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
 {
@@ -86,11 +86,7 @@ int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, 
     if (sb_claims_find(r, group, queue, table) == SB_OK) {
         return SB_OK;
     }
-    pthread_mutex_t *lock = &r->control->locks.definition;
-    int code = sb_mutex_lock(lock, deadline_ns);
-    if (code == SB_OWNER_DEAD) { /* definitions become live by one store or by an append's effects: nothing to repair */
-        code = sb_mutex_consistent(lock);
-    }
+    int code = sb_definition_lock(r, deadline_ns);
     if (code != SB_OK) {
         return code;
     }
@@ -99,7 +95,7 @@ int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, 
         code = create(r, group, queue, base, table);
         *created = code == SB_OK;
     }
-    sb_mutex_unlock(lock);
+    sb_definition_unlock(r);
     return code;
 }
 
@@ -141,8 +137,9 @@ static void repair(sb_region *r, uint32_t table)
     sb_claims *c = sb_claims_at(r, table);
     uint64_t base = sb_load(&c->base), pending = sb_load(&c->pending_base), moving = sb_load(&c->moving_slot);
     if (moving != 0 && moving <= r->limits.overflow_claims && sb_overflow_is_reserved(r, table, (uint32_t)moving - 1)) {
-        if (is_moved(sb_load(sb_claim_place(r, c, base)))) {
+        if (sb_claim_is_moved(sb_load(sb_claim_place(r, c, base)))) {
             sb_overflow_publish(r, table, (uint32_t)moving - 1); /* the entry was filled before the word was marked */
+            sb_store(&c->released, 1);
         } else {
             sb_overflow_cancel(r, table, (uint32_t)moving - 1);
         }
@@ -184,6 +181,15 @@ void sb_claim_base(sb_region *r, uint32_t table)
     }
 }
 
+static void put_up_hint(sb_claims *c, uint64_t w)
+{
+    if (sb_claim_state(w) == SB_CLAIM_FREE) {
+        sb_store(&c->released, 1);
+    } else {
+        sb_claim_note_deadline(c, sb_claim_deadline(w));
+    }
+}
+
 /* Move the claim at the base to an overflow entry. The lock is held. SB_OK: it is passable now. */
 static int move_oldest(sb_region *r, uint32_t table)
 {
@@ -211,8 +217,9 @@ static int move_oldest(sb_region *r, uint32_t table)
         sb_store(&e->claim, w ^ sb_claim_binding(table, base));
         uint64_t marked = sb_claim_word(SB_CLAIM_MOVING, SB_CLAIM_MOVED, sb_claim_attempts(w), sb_claim_generation(w), sb_claim_lap(r, base));
         if (sb_cas(word, &w, marked)) {
-            SB_FAILPOINT(claim_moving); /* the entry is whole but not live: repair publishes it; ackers wait for that */
+            SB_FAILPOINT(claim_moving); /* the entry is whole, who looks for this offset finds it: repair publishes it */
             sb_overflow_publish(r, table, i);
+            put_up_hint(c, w); /* a scan that had passed the entries already missed it */
             SB_FAILPOINT(claim_moved); /* the entry is live, the marked word passable: the base goes on */
             break;
         }
@@ -221,28 +228,30 @@ static int move_oldest(sb_region *r, uint32_t table)
     return SB_OK;
 }
 
-int sb_claim_overflow(sb_region *r, uint32_t table)
+int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
 {
     sb_claims *c = sb_claims_at(r, table);
     int code = try_lock(r, table);
     if (code != SB_OK) {
         return code;
     }
-    int moved = move_base(r, c);
-    /* Who fills a window holds most of it: while at it, move the run of held claims behind the oldest as well. */
-    for (uint32_t n = 0; n < MOVES_MAX && !(moved && n == 0); n++) {
-        uint32_t state = sb_claim_state(sb_load(sb_claim_place(r, c, sb_load(&c->base))));
-        if (n > 0 && state != SB_CLAIM_HELD) {
+    (void)move_base(r, c);
+    for (uint32_t n = 0; n < MOVES_MAX; n++) {
+        uint64_t base = sb_load(&c->base);
+        int needed = wanted >= base + r->limits.claim_window;
+        /* Who fills a window holds most of it: while at it, move the run of held claims behind the oldest as well. */
+        if (!needed && (n == 0 || sb_claim_state(sb_load(sb_claim_place(r, c, base))) != SB_CLAIM_HELD)) {
             break;
         }
         code = move_oldest(r, table);
         if (code != SB_OK) {
             break;
         }
-        moved |= move_base(r, c);
+        (void)move_base(r, c);
     }
+    int room = wanted < sb_load(&c->base) + r->limits.claim_window;
     sb_mutex_unlock(&c->lock);
-    return moved ? SB_OK : code;
+    return room ? SB_OK : code == SB_OK ? SB_LOCKED : code;
 }
 
 /* ---- janitor ------------------------------------------------------------------------------------------------- */
@@ -289,24 +298,27 @@ static void visit(const sb_region *r, uint32_t table, uint64_t offset, const sb_
     }
 }
 
-/* Overflow entries, then the window as far as the queue has messages. */
+/* The window as far as the queue has messages, then the overflow entries: claims only ever move that way, so none is
+ * missed. One that is on its way is met at its entry. */
 static void walk_table(const sb_region *r, uint32_t table, walk *v)
 {
     sb_claims *c = sb_claims_at(r, table);
-    uint64_t offset;
-    sb_place place;
-    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
-        if (sb_overflow_live(r, table, i, &offset, &place)) {
-            visit(r, table, offset, &place, v);
-        }
-    }
-    uint64_t base = sb_load(&c->base), end = base + r->limits.claim_window;
+    uint64_t base = sb_load(&c->base), end = base + r->limits.claim_window, offset;
     if (c->queue_slot < r->limits.queues) {
         uint64_t next = sb_load(&sb_queue_at(r, c->queue_slot)->next_offset);
         end = next < end ? next : end;
     }
     for (offset = base; offset < end; offset++) {
-        visit(r, table, offset, &(sb_place){.word = sb_claim_place(r, c, offset)}, v);
+        sb_place place = {.word = sb_claim_place(r, c, offset)};
+        if (!sb_claim_is_moved(sb_load(place.word)) || sb_overflow_find(r, table, offset, &place) == SB_OK) {
+            visit(r, table, offset, &place, v);
+        }
+    }
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place)) {
+            visit(r, table, offset, &place, v);
+        }
     }
 }
 

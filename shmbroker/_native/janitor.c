@@ -101,8 +101,3 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *
     }
     (void)sb_wait_backstop(r, now_ns);
 }
-
-/* Until claim.c has landed. */
-__attribute__((weak)) uint32_t sb_claims_reap(sb_region *r, uint32_t t, uint32_t s) { (void)r; (void)t; (void)s; return 0; }
-__attribute__((weak)) uint32_t sb_claims_expire(sb_region *r, uint32_t t, uint32_t n, uint32_t *x) { (void)r; (void)t; (void)n; (void)x; return 0; }
-__attribute__((weak)) void sb_claim_base(sb_region *r, uint32_t t) { (void)r; (void)t; }

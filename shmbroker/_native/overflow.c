@@ -16,19 +16,24 @@ static uint32_t home(const sb_region *r, uint32_t table, uint64_t offset)
     return (uint32_t)((offset * 0x9e3779b97f4a7c15ull + (uint64_t)table * 0xc2b2ae3d27d4eb4full) >> 32) % r->limits.overflow_claims;
 }
 
-int sb_overflow_live(const sb_region *r, uint32_t table, uint32_t i, uint64_t *offset, sb_place *place)
+static int look(const sb_region *r, uint32_t table, uint32_t i, uint32_t also, uint64_t *offset, sb_place *place)
 {
     sb_overflow *e = sb_overflow_at(r, i);
     uint64_t owner = sb_load(&e->owner); /* SYNC: overflow */
-    if (low(owner) != table + 1) {
+    if ((low(owner) & ~also) != table + 1) {
         return 0;
     }
     *offset = sb_load(&e->offset);
-    if (sb_load(&e->owner) != owner) {
+    if ((low(sb_load(&e->owner)) & ~also) != table + 1 || taken(sb_load(&e->owner)) != taken(owner)) {
         return 0; /* freed while we looked: its claim is acked */
     }
-    *place = (sb_place){.word = &e->claim, .binding = sb_claim_binding(table, *offset), .entry = e, .owner = owner};
+    *place = (sb_place){.word = &e->claim, .binding = sb_claim_binding(table, *offset), .entry = e, .owner = owner & ~(uint64_t)also};
     return 1;
+}
+
+int sb_overflow_live(const sb_region *r, uint32_t table, uint32_t i, uint64_t *offset, sb_place *place)
+{
+    return look(r, table, i, 0, offset, place);
 }
 
 int sb_overflow_find(const sb_region *r, uint32_t table, uint64_t offset, sb_place *place)
@@ -36,7 +41,7 @@ int sb_overflow_find(const sb_region *r, uint32_t table, uint64_t offset, sb_pla
     uint32_t i = home(r, table, offset);
     for (uint32_t n = 0; n < r->limits.overflow_claims; n++) {
         uint64_t there;
-        if (sb_overflow_live(r, table, i, &there, place) && there == offset) {
+        if (look(r, table, i, RESERVED, &there, place) && there == offset) {
             return SB_OK;
         }
         i = i + 1 < r->limits.overflow_claims ? i + 1 : 0;

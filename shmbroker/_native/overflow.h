@@ -12,11 +12,13 @@ typedef struct {
     uint64_t owner;     /* the entry's owner word as it was seen: freeing it is a CAS of exactly this */
 } sb_place;
 
-/* The live entry of (table, offset). SB_OK | SB_NOT_FOUND. */
+/* The entry of (table, offset), to be asked when the base has passed it or its word in the window is marked as moved: then
+ * the entry is whole, even if it is not live yet. SB_OK | SB_NOT_FOUND. */
 int sb_overflow_find(const sb_region *r, uint32_t table, uint64_t offset, sb_place *place);
 /* Entry number `i`, if it is a live one of `table`: 1 and its offset. For scans over all of them. */
 int sb_overflow_live(const sb_region *r, uint32_t table, uint32_t i, uint64_t *offset, sb_place *place);
-/* Give back an entry whose claim is ACKED. Only the first of several callers does. */
+/* Give back an entry whose claim is ACKED. Only the first of several callers does; one that is not live yet is left to the
+ * next search for room. */
 void sb_overflow_free(const sb_region *r, uint32_t table, const sb_place *place);
 
 /* The caller holds the claim lock of `table`. reserve: SB_OK (entry number + 1 stands in moving_slot) | SB_TABLE_FULL.

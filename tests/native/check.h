@@ -8,9 +8,6 @@
 #ifndef SHMBROKER_CHECK_H
 #define SHMBROKER_CHECK_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
