@@ -114,9 +114,8 @@ def test_entries_of_deleted_segments_go_span_by_span(index: KeyIndex) -> None:
     assert index.by_key(1, "k", 100) == list(range(4900, 2900, -100))
 
 
-def test_the_map_grows_when_it_is_full_and_readers_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shmbroker.store.key_index._MAP_BYTES", 256 << 10)
-    writer = KeyIndex(tmp_path / "index", STORE, writable=True)
+def test_the_map_grows_when_it_is_full_and_readers_follow(tmp_path: Path) -> None:
+    writer = KeyIndex(tmp_path / "index", STORE, writable=True, map_bytes=256 << 10)
     for position in range(20_000):
         writer.add_keys(1, [f"k{position}"], position)
     writer.commit(20_000)

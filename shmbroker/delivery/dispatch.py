@@ -14,10 +14,10 @@ from typing import Final, NamedTuple
 
 from shmbroker._native._core import Region, decode_record, dispatch_scan
 from shmbroker.failpoint import failpoint
-from shmbroker.record import RECORD_HEADER_BYTES, Record, RecordFlag, RecordKind, TopicBody
+from shmbroker.record import RECORD_HEADER_BYTES, Record, RecordKind, TopicBody
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
-from shmbroker.store.key_index import SEQUENCES_PER_ENTRY, KeyIndex
+from shmbroker.store.key_index import KeyIndex
 
 PASS_BYTES: Final = 4 << 20
 PASS_RECORDS: Final = 65_536
@@ -203,9 +203,4 @@ class Indexer:
             if body.deleted:
                 self.deleted_topics.append(body.topic_id)
         elif record.kind == RecordKind.MESSAGE:
-            if record.keys:
-                self._index.add_keys(record.topic_id, record.keys.split(), record.position)
-            if record.flags & RecordFlag.DEDUP:
-                self._index.add_dedup(record.incarnation, record.sequence, record.position)
-            elif record.sequence == 1 or record.sequence % SEQUENCES_PER_ENTRY == 0:
-                self._index.add_id(record.incarnation, record.sequence, record.position)
+            self._index.add(record)

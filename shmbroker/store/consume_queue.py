@@ -167,6 +167,10 @@ class ConsumeQueues:
             want = max(count - len(found), _SEARCH_ENTRIES)
         return found
 
+    def packed(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
+        """At most ``count`` entries from ``offset`` on as they stand in the file, holes as zeros; b"" past the end."""
+        return self._read(topic_id, queue_id, offset, count)
+
     def offsets(self, topic_id: int, queue_id: int) -> tuple[int, int]:
         """(first, end): the offsets for which the queue has files. (0, 0) for a queue without."""
         files = self._files(topic_id, queue_id)

@@ -10,8 +10,8 @@ that retention drops what it deletes as one range at the front of each table, an
 
 ``position`` is written in the same transaction as the entries it stands for, and LMDB syncs the data of a transaction
 before the page that makes it the newest (``metasync=False`` only lets the last transactions go at a loss of power).
-So the tables never hold less than ``position`` says. They may hold more after a cut of the log; :meth:`KeyIndex.cut`
-says what is done about that. An entry is a hint: whoever follows it compares the record itself.
+So the tables hold what ``position`` says, no less and no more. An entry is a hint all the same: whoever follows it
+compares the record itself.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import hashlib
 import logging
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import lmdb
+
+from shmbroker.record import Record, RecordFlag
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ SEQUENCES_PER_ENTRY: Final = 1024
 TABLES: Final = ("keys", "dedup", "ids")
 
 _VERSION: Final = b"\x01"
-_MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
+MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
 _DROP_MAX: Final = 20_000  # entries deleted in one call: a bounded pass
 _U64: Final = struct.Struct(">Q")
 _KEY: Final = struct.Struct(">II16sQ")
@@ -48,7 +50,13 @@ class KeyIndex:
     """The index of one store. One process writes; any number of others read, each with an object of its own."""
 
     def __init__(
-        self, directory: Path, store_id: bytes, *, writable: bool = False, span_bytes: int = SPAN_BYTES
+        self,
+        directory: Path,
+        store_id: bytes,
+        *,
+        writable: bool = False,
+        span_bytes: int = SPAN_BYTES,
+        map_bytes: int = MAP_BYTES,
     ) -> None:
         """Open the index; a writer makes it, and makes it anew if it is another store's or no index at all.
 
@@ -58,7 +66,7 @@ class KeyIndex:
         self._store_id = store_id
         self._writable = writable
         self._span_bytes = span_bytes
-        self._map_bytes = _MAP_BYTES
+        self._map_bytes = map_bytes
         self._entries: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in TABLES}
         self._lowest: dict[bytes, int] = {}
         try:
@@ -92,19 +100,17 @@ class KeyIndex:
         """Entries added since the last :meth:`commit`."""
         return sum(map(len, self._entries.values())) + len(self._lowest)
 
-    def add_keys(self, topic_id: int, keys: Iterable[str], position: int) -> None:
-        span = position // self._span_bytes
-        for key in keys:
-            self._entries["keys"].append((_KEY.pack(span, topic_id, _digest(key), position), b""))
-
-    def add_dedup(self, incarnation: int, sequence: int, position: int) -> None:
-        span = position // self._span_bytes
-        self._entries["dedup"].append((_DEDUP.pack(span, incarnation, sequence, position), b""))
-
-    def add_id(self, incarnation: int, sequence: int, position: int) -> None:
-        """Remember where about a sequence lies; call it in the order of the log."""
-        key = _ID.pack(position // self._span_bytes, incarnation, sequence // SEQUENCES_PER_ENTRY)
-        self._lowest.setdefault(key, position)
+    def add(self, record: Record) -> None:
+        """Take a message that the scan has marked. Call it in the order of the log."""
+        span = record.position // self._span_bytes
+        for key in record.keys.split():
+            self._entries["keys"].append((_KEY.pack(span, record.topic_id, _digest(key), record.position), b""))
+        if record.flags & RecordFlag.DEDUP:
+            entry = _DEDUP.pack(span, record.incarnation, record.sequence, record.position)
+            self._entries["dedup"].append((entry, b""))
+        elif record.sequence == 1 or record.sequence % SEQUENCES_PER_ENTRY == 0:
+            number = _ID.pack(span, record.incarnation, record.sequence // SEQUENCES_PER_ENTRY)
+            self._lowest.setdefault(number, record.position)
 
     def commit(self, position: int) -> None:
         """Make all that was added since the last commit, and ``position``, durable together.
@@ -141,14 +147,19 @@ class KeyIndex:
         return dropped
 
     def cut(self, position: int) -> None:
-        """The log was cut at ``position``: apply it again from there.
-
-        Entries past it stay behind; they name places where other records are written now, and a look-up compares the
-        record with what was asked for.
-        """
-        if self._position > position:
-            self._forget_pending()
-            self.commit(position)
+        """The log was cut at ``position``: forget what lay past it. Rare: nothing is indexed before it is durable."""
+        if self._position <= position:
+            return
+        self._forget_pending()
+        first = _SPAN.pack(position // self._span_bytes)
+        with self._environment.begin(write=True) as transaction:
+            for name in TABLES:
+                cursor = transaction.cursor(self._tables[name])
+                more = cursor.set_range(first)
+                while more:
+                    more = cursor.delete() if _position_of(cursor.item()) >= position else cursor.next()
+            transaction.put(b"position", _U64.pack(position), db=self._tables["meta"])
+        self._position = position
 
     # ---- looking up -----------------------------------------------------------------------------------------------
 
@@ -194,8 +205,7 @@ class KeyIndex:
         """Entries of a table whose position lies in [first, end): what the rebuild tool compares."""
         with self._begin() as transaction:
             for key, value in transaction.cursor(self._tables[table]):
-                (position,) = _U64.unpack(value or key[-8:])
-                if first <= position < end:
+                if first <= _position_of((key, value)) < end:
                     yield key, value
 
     # ---- inside ---------------------------------------------------------------------------------------------------
@@ -276,6 +286,12 @@ class _Foreign(Exception):
 
 def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
+
+
+def _position_of(item: tuple[bytes, bytes]) -> int:
+    """Of an entry of any table: its value, or the last part of its key."""
+    key, value = item
+    return int(_U64.unpack(value or key[-8:])[0])
 
 
 def _newest_with_prefix(cursor: Any, prefix: bytes, limit: int) -> list[int]:
