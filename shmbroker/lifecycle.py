@@ -35,7 +35,7 @@ from shmbroker.memory import Leftover
 from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.record import EpochBody, RecordKind
 from shmbroker.store import recovery
-from shmbroker.store.checkpoint import CheckpointFile
+from shmbroker.store.checkpoint import Checkpoint, CheckpointFile, Epoch
 from shmbroker.store.commit_log import CommitLog, LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.log_end import LogPlace
@@ -126,7 +126,6 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     restoration = Restoration(queues, checkpoint.dispatched if checkpoint is not None else 0)
     started = time.monotonic()
     recovered = recovery.recover(place, checkpoints, restoration.replay, restoration.dispatch)
-    checkpoints.close()
     restoration.finish(recovered.end)
     log.info(
         "recovered the log: %s, positions %d to %d, %d records read from %d on, %d bytes cut, %.3f s",
@@ -135,6 +134,11 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     )  # fmt: skip
     last = max([recovered.epoch, *(epoch.epoch for epoch in recovered.epochs)])
     epoch = EpochBody(last + 1, recovered.end, last, recovered.reason)
+    # From here on the stop before was not clean any more; consume queues hold what restoration has just synced.
+    epochs = (*recovered.epochs, Epoch(epoch.epoch, epoch.start, epoch.previous))
+    ends = recovered.end, recovered.end, recovered.snapshot, recovered.first
+    checkpoints.write(Checkpoint(store, *ends, epochs))
+    checkpoints.close()
     region = memory.create(paths, config, store=store, tail=recovered.end, epoch=epoch.epoch)
     region.set("kept", recovered.first)
     region.set("snapshot", recovered.snapshot or 0)
