@@ -47,7 +47,7 @@ int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail
         return SB_OK;
     }
     const sb_record *record = (const sb_record *)(r->ring + (position & r->ring_mask));
-    if (tail - position <= r->ring_bytes &&
+    if (sb_peek(&sb_marks(r)->write_limit) - position <= r->ring_bytes && /* else a refused append may have overwritten it */
         (record->position != position || record->incarnation != item->incarnation || record->sequence != item->sequence)) {
         return SB_OK;
     }

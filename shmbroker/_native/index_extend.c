@@ -21,7 +21,23 @@ static int push_full(sb_region *r, uint64_t block)
     return code == SB_OK ? sb_undo_store(r, &list->newest_full, block) : code;
 }
 
-/* Take the block that filled first, if the dispatcher has passed it; its queue's index then begins later. */
+/* A block's former queue loses it for good, outside the undo scope: its entries are overwritten next whether or not this
+ * append comes true, and the consume queue has them (R7). Killed between these stores: the block still stands first in the
+ * list, in its chain or not, and the next append that needs one goes on from there. */
+static void take_from_queue(sb_region *r, uint64_t block, sb_block *b)
+{
+    uint64_t owner = sb_peek(&b->owner), next = sb_peek(&b->next);
+    uint32_t slot = (uint32_t)(owner >> 32) - 1;
+    if (owner && slot < r->limits.queues && sb_peek(&sb_queue_at(r, slot)->oldest_block) == block) {
+        sb_queue *q = sb_queue_at(r, slot);
+        sb_store(&q->index_first,
+                 next < r->limits.blocks ? sb_peek(&sb_block_at(r, (uint32_t)next)->first) : sb_peek(&q->next_offset));
+        sb_store(&q->oldest_block, next);
+    }
+    sb_store(&b->owner, 0); /* readers of its former queue fail their second look */
+}
+
+/* Take the block that filled first, if the dispatcher has passed it. */
 static int pop_full(sb_region *r, uint64_t *block, uint64_t *needed)
 {
     sb_block_list *list = &r->control->block_list;
@@ -30,22 +46,15 @@ static int pop_full(sb_region *r, uint64_t *block, uint64_t *needed)
         return SB_BROKEN; /* there is one block a queue more than a full ring needs */
     }
     sb_block *b = sb_block_at(r, (uint32_t)head);
-    uint64_t owner = sb_peek(&b->owner), next_full = sb_peek(&b->next_full);
-    if (owner && sb_load(&sb_marks(r)->dispatched) <= sb_peek(&b->last_position)) { /* SYNC: dispatched */
+    uint64_t next_full = sb_peek(&b->next_full);
+    if (sb_peek(&b->owner) && sb_load(&sb_marks(r)->dispatched) <= sb_peek(&b->last_position)) { /* SYNC: dispatched */
         *needed = sb_peek(&b->last_position) + 1;
         return SB_NO_INDEX;
     }
+    take_from_queue(r, head, b);
     int code = sb_undo_store(r, &list->oldest_full, next_full);
     if (code == SB_OK && next_full >= r->limits.blocks) {
         code = sb_undo_store(r, &list->newest_full, SB_NIL);
-    }
-    uint32_t slot = (uint32_t)(owner >> 32) - 1;
-    if (code == SB_OK && owner && slot < r->limits.queues && sb_peek(&sb_queue_at(r, slot)->oldest_block) == head) {
-        sb_queue *q = sb_queue_at(r, slot);
-        uint64_t next = sb_peek(&b->next);
-        uint64_t first = next < r->limits.blocks ? sb_peek(&sb_block_at(r, (uint32_t)next)->first) : sb_peek(&q->next_offset);
-        code = sb_undo_store(r, &q->index_first, first);
-        code = code == SB_OK ? sb_undo_store(r, &q->oldest_block, next) : code;
     }
     *block = head;
     return code;
@@ -60,8 +69,7 @@ static int extend_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offs
         return code;
     }
     sb_block *b = sb_block_at(r, (uint32_t)block);
-    code = sb_undo_store(r, &b->owner, 0); /* readers of its former queue fail their second look */
-    code = code == SB_OK ? sb_undo_store(r, &b->first, offset & ~(uint64_t)(SB_BLOCK_ENTRIES - 1)) : code;
+    code = sb_undo_store(r, &b->first, offset & ~(uint64_t)(SB_BLOCK_ENTRIES - 1));
     code = code == SB_OK ? sb_undo_store(r, &b->next, SB_NIL) : code;
     code = code == SB_OK ? sb_undo_store(r, &b->owner, owner) : code;
     int chained = 0;
