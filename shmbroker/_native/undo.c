@@ -37,7 +37,7 @@ void sb_undo_repair(sb_region *r)
     for (uint64_t i = 0; i < n; i++) {
         const sb_undo_entry *e = &u->entry[published ? i : n - 1 - i];
         uint64_t at = e->at & ~7ull, wanted = published ? e->after : e->before;
-        if (at < sizeof(sb_header) || at + 8 > r->control_bytes) {
+        if (at < sizeof(sb_header) || at > r->control_bytes - sizeof(sb_word)) {
             continue;
         }
         sb_word *word = (sb_word *)(r->base + at);
