@@ -244,9 +244,12 @@ class Region:
     # group progress
     def progress(self) -> list[dict[str, Any]]:
         """Each claim table: group, group_id, topic, topic_id, queue_id, base, next, next_offset, acked: [(first, count)],
-        attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation."""
+        attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation; oldest_held
+        and oldest_holder (a client slot): who keeps the base back, or None."""
     def progress_records(self, only_changed: bool) -> list[bytes]:
         """Bodies of PROGRESS records (delivery/progress.py draws them)."""
+    def progress_recorded(self, bodies: Iterable[bytes]) -> None:
+        """These bodies stand in the log: ``progress_records(only_changed=True)`` leaves them out until something changes."""
     def restore_progress(self, body: bytes) -> None:
         """Recovery only: merge one PROGRESS body into the claim tables (max base, OR of acks, max of attempts)."""
     def remember_id(self, incarnation: int, sequence: int, position: int) -> None:

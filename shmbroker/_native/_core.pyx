@@ -8,6 +8,7 @@ cimport cython
 
 include "record.pxi"
 include "native.pxi"
+include "progress.pxi"
 include "region.pxi"
 include "client.pxi"
 include "message.pxi"

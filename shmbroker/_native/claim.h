@@ -128,6 +128,8 @@ int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms);
  * named below the base (overflow) and, if they were ever delivered, above it. Returns how many runs there are; writes at
  * most `room`. A loose snapshot: exact once nobody claims or acks. */
 uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base, sb_progress_run *runs, uint32_t room);
+/* How many claims are held now; the oldest of them and its slot: who keeps the base back. */
+uint32_t sb_claims_held(const sb_region *r, uint32_t table, uint64_t *oldest, uint32_t *holder);
 /* Recovery, nobody else attached: merge one progress body into the table. `created`: the table says nothing yet. SB_OK |
  * SB_TABLE_FULL: the overflow table is too small | SB_INVALID: runs out of order. */
 int sb_claims_merge(sb_region *r, uint32_t table, int created, const sb_progress *progress, const sb_progress_run *runs);

@@ -72,6 +72,32 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
     return sorted.count;
 }
 
+uint32_t sb_claims_held(const sb_region *r, uint32_t table, uint64_t *oldest, uint32_t *holder)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    const uint64_t base = sb_load(&c->base);
+    uint32_t held = 0;
+    uint64_t offset;
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place)) {
+            uint64_t w = sb_load(place.word) ^ place.binding;
+            if (sb_claim_state(w) == SB_CLAIM_HELD && (held++ == 0 || offset < *oldest)) {
+                *oldest = offset;
+                *holder = sb_claim_holder(w) - 1;
+            }
+        }
+    }
+    for (offset = base; offset < base + r->limits.claim_window; offset++) {
+        uint64_t w = sb_load(sb_claim_place(r, c, offset));
+        if (sb_claim_state(w) == SB_CLAIM_HELD && held++ == 0) {
+            *oldest = offset;
+            *holder = sb_claim_holder(w) - 1;
+        }
+    }
+    return held;
+}
+
 /* ---- runs -> table (recovery: nobody else is attached) ------------------------------------------------------- */
 
 static const sb_progress_run *find_run(const sb_progress *p, const sb_progress_run *runs, uint64_t offset)

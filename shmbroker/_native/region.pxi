@@ -556,6 +556,20 @@ cdef class Region:
         if code != SB_OK:
             raise code_error(&self.r, code, "remembering an id")
 
+    # -- group progress: progress.pxi
+
+    def progress(self):
+        return progress_tables(self.open())
+
+    def progress_records(self, bint only_changed):
+        return progress_bodies(self.open(), only_changed)
+
+    def progress_recorded(self, bodies):
+        progress_noted(self.open(), bodies)
+
+    def restore_progress(self, bytes body not None):
+        merge_progress(self.open(), body)
+
     # -- janitor
 
     def clients(self):

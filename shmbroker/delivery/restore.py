@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from shmbroker._native._core import Region, scan
 from shmbroker.delivery.retention import raise_first_offsets
-from shmbroker.errors import BadRequest, CorruptLog
+from shmbroker.errors import CorruptLog, GroupNotExist, QueueNotExist, TopicNotExist
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY, ENTRY_BYTES, ConsumeQueues, sync_paths
@@ -89,7 +89,7 @@ class Restoration:
         for body in self._progress:
             try:
                 region.restore_progress(body)
-            except BadRequest:
+            except (GroupNotExist, TopicNotExist, QueueNotExist):
                 continue  # of a topic or group that was deleted later
         for table in region.progress():
             self._raise_offsets(table["topic_id"], table["queue_id"], _first_untouched(table), 0)

@@ -164,7 +164,9 @@ class Upkeep:
         return COMMIT_INTERVAL
 
     def _write_progress(self) -> float:
-        append_bounded(self._region, RecordKind.PROGRESS, self._region.progress_records(only_changed=True))
+        bodies = self._region.progress_records(only_changed=True)
+        append_bounded(self._region, RecordKind.PROGRESS, bodies)
+        self._region.progress_recorded(bodies)  # not before: what failed is tried again
         failpoint("dispatcher.progress_written")
         return self._config.progress_interval_ms / 1000
 
