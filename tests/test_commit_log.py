@@ -31,9 +31,36 @@ def pool(tmp_path: Path) -> Iterator[SegmentPool]:
     pool.stop()
 
 
+class CountingDisk:
+    """The real disk, that can be told to fail, to write little at a time, and keeps account of its calls."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, int] = {}
+        self.piece_bytes = 2**30
+        self.calls: list[tuple[str, str]] = []
+
+    def pwrite(self, fd: int, data: memoryview, offset: int, /) -> int:
+        self._call("pwrite", fd)
+        return os.pwrite(fd, data[: self.piece_bytes], offset)
+
+    def fdatasync(self, fd: int, /) -> None:
+        self._call("fdatasync", fd)
+        os.fdatasync(fd)
+
+    def _call(self, name: str, fd: int) -> None:
+        self.calls.append((name, Path(f"/proc/self/fd/{fd}").readlink().name))
+        if error := self.errors.get(name):
+            raise OSError(error, os.strerror(error))
+
+
 @pytest.fixture
-def log(pool: SegmentPool) -> Iterator[CommitLog]:
-    log = CommitLog(pool, BYTES)
+def disk() -> CountingDisk:
+    return CountingDisk()
+
+
+@pytest.fixture
+def log(pool: SegmentPool, disk: CountingDisk) -> Iterator[CommitLog]:
+    log = CommitLog(pool, BYTES, disk)
     yield log
     log.close()
 
@@ -51,21 +78,6 @@ def on_disk(directory: Path, position: int, size: int) -> bytes:
     return data
 
 
-def fail(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> list[int]:
-    """Make os.<name> fail with ``code``, or only count its calls (0)."""
-    calls: list[int] = []
-    real = getattr(os, name)
-
-    def failing(*arguments: object) -> object:
-        calls.append(code)
-        if code:
-            raise OSError(code, os.strerror(code))
-        return real(*arguments)
-
-    monkeypatch.setattr(os, name, failing)
-    return calls
-
-
 # ---- the writer
 
 
@@ -81,30 +93,22 @@ def test_what_is_written_stands_at_its_place_in_its_segments(
     assert all(path.stat().st_size == SEGMENT_HEADER_BYTES + BYTES for path in tmp_path.iterdir())
 
 
-def test_short_writes_are_continued(tmp_path: Path, log: CommitLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
+def test_short_writes_are_continued(tmp_path: Path, log: CommitLog, disk: CountingDisk) -> None:
+    disk.piece_bytes = 1000
     log.write(memoryview(pattern(5000)), BYTES - 2500)
     log.sync()
     assert on_disk(tmp_path, BYTES - 2500, 5000) == pattern(5000)
 
 
-def test_only_what_was_written_is_synced_and_the_oldest_first(log: CommitLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    fdatasync = os.fdatasync
-
-    def record(fd: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
-        fdatasync(fd)
-
-    monkeypatch.setattr(os, "fdatasync", record)
+def test_only_what_was_written_is_synced_and_the_oldest_first(log: CommitLog, disk: CountingDisk) -> None:
     log.write(memoryview(pattern(2 * BYTES + 100)), 0)
+    disk.calls.clear()
     log.sync()
-    assert synced == [segment_name(base) for base in (0, BYTES, 2 * BYTES)]
-    synced.clear()
+    assert disk.calls == [("fdatasync", segment_name(base)) for base in (0, BYTES, 2 * BYTES)]
     log.write(memoryview(pattern(100)), 2 * BYTES + 100)
+    disk.calls.clear()
     log.sync()
-    assert synced == [segment_name(2 * BYTES)]
+    assert disk.calls == [("fdatasync", segment_name(2 * BYTES))]
 
 
 def test_a_writer_that_starts_again_writes_over_what_its_predecessor_left(tmp_path: Path, pool: SegmentPool) -> None:
@@ -119,26 +123,22 @@ def test_a_writer_that_starts_again_writes_over_what_its_predecessor_left(tmp_pa
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
-def test_the_first_failure_is_final_even_if_the_disk_recovers(
-    log: CommitLog, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    log.write(memoryview(b"good"), 0)
-    log.sync()
-    fail(monkeypatch, call, errno.EIO)
-
+def test_the_first_failure_is_final_even_if_the_disk_recovers(log: CommitLog, disk: CountingDisk, call: str) -> None:
     def write_and_sync() -> None:
         log.write(memoryview(b"lost"), 4)
         log.sync()
 
+    write_and_sync()
+    disk.errors[call] = errno.EIO
     with pytest.raises(StoreReadOnly, match=f"{call}.*EIO") as first:
         write_and_sync()
-    monkeypatch.undo()
-    syncs, writes = fail(monkeypatch, "fdatasync", 0), fail(monkeypatch, "pwrite", 0)
+    disk.errors.clear()
+    disk.calls.clear()
     for attempt in (log.sync, write_and_sync):
         with pytest.raises(StoreReadOnly) as again:
             attempt()
         assert again.value is first.value
-    assert (syncs, writes) == ([], []), "the kernel takes failed pages for clean: a second sync would lie"
+    assert disk.calls == [], "the kernel takes failed pages for clean: a second sync would lie"
 
 
 def test_a_failing_disk_at_the_failpoint_is_a_failing_disk(log: CommitLog) -> None:
@@ -152,13 +152,11 @@ def test_a_failing_disk_at_the_failpoint_is_a_failing_disk(log: CommitLog) -> No
     assert isinstance(log.failed, StoreReadOnly)
 
 
-def test_a_disk_without_room_may_be_tried_again(
-    tmp_path: Path, log: CommitLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail(monkeypatch, "pwrite", errno.ENOSPC)
+def test_a_disk_without_room_may_be_tried_again(tmp_path: Path, log: CommitLog, disk: CountingDisk) -> None:
+    disk.errors["pwrite"] = errno.ENOSPC
     with pytest.raises(StoreFull):
         log.write(memoryview(pattern(100)), 0)
-    monkeypatch.undo()
+    disk.errors.clear()
     log.write(memoryview(pattern(100)), 0)
     log.sync()
     assert on_disk(tmp_path, 0, 100) == pattern(100)
@@ -209,11 +207,11 @@ def test_a_record_larger_than_the_first_read_is_read_whole(builder: StoreBuilder
     assert reader.read(place).body == pattern(6000)
 
 
-def test_feed_passes_every_byte_on_whatever_its_windows(
-    builder: StoreBuilder, reader: LogReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("window_bytes", [512, 4096, 1 << 20])
+def test_feed_passes_every_byte_on_whatever_its_windows(builder: StoreBuilder, window_bytes: int) -> None:
     big = builder.message(pattern(5000))
     builder.messages(10)
+    reader = LogReader(builder.log, builder.segment_bytes, STORE, window_bytes)
     seen = b""
 
     def consume(data: memoryview, position: int) -> int:
@@ -222,11 +220,11 @@ def test_feed_passes_every_byte_on_whatever_its_windows(
         seen += bytes(data[: behind - position])
         return behind
 
-    monkeypatch.setattr("shmbroker.store.commit_log.WINDOW_BYTES", 512)  # smaller than the record at `big`
     assert reader.feed(0, builder.position, consume) == builder.position
     assert seen == builder.log_bytes()
     builder.flip(big + 200)
     assert reader.feed(0, builder.position, consume) == big
+    reader.close()
 
 
 def test_a_damaged_record_is_corruption_with_its_place(builder: StoreBuilder, reader: LogReader) -> None:

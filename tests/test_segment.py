@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from shmbroker import failpoint
 from shmbroker._native._core import crc32c
 from shmbroker.errors import CorruptLog, StoreFull
 from shmbroker.naming import segment_name
-from shmbroker.store import files
 from shmbroker.store.segment import (
     SEGMENT_HEADER_BYTES,
     Segment,
@@ -175,6 +173,12 @@ def work_off(pool: SegmentPool) -> None:
     pytest.fail("the pool never comes to rest")
 
 
+@pytest.fixture(autouse=True)
+def disarm() -> Iterator[None]:
+    yield
+    failpoint.arm("", "test")
+
+
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -210,30 +214,21 @@ def test_every_block_of_a_ready_segment_gets_written(tmp_path: Path) -> None:
     pool.stop()
 
 
-def test_filling_stops_in_the_segment_that_the_writer_has_entered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_writer_waits_for_a_step_of_zeros_and_no_other_follows(tmp_path: Path) -> None:
     pool = pool_at(tmp_path)
-    inside, go_on = threading.Event(), threading.Event()
-    write_zeros = files.write_zeros
-
-    def slow(fd: int, offset: int, size: int) -> None:
-        inside.set()
-        assert go_on.wait(10)
-        write_zeros(fd, offset, size)
-
-    monkeypatch.setattr("shmbroker.store.segment_pool.ZERO_STEP_BYTES", BYTES // 8)
-    monkeypatch.setattr("shmbroker.store.segment.write_zeros", slow)
-    pool.start()
-    assert inside.wait(10)
+    while list_segments(tmp_path) != [0, BYTES, 2 * BYTES, 3 * BYTES]:
+        pool.work()
+    ready = pool._ready[0]
+    assert ready.filled == 0
     taken: list[Segment] = []
     writer = threading.Thread(target=lambda: taken.append(pool.take(0)))
-    writer.start()
-    until(lambda: 0 not in pool._ready)
-    assert not taken, "the step that was under way is waited for"
-    go_on.set()
+    with ready.step:  # as the pool's thread does while it writes zeros
+        writer.start()
+        until(lambda: 0 not in pool._ready)
+        assert not taken
     writer.join(10)
     os.pwrite(taken[0].fd, b"\xaa" * BYTES, SEGMENT_HEADER_BYTES)
+    assert not ready.fill_step()
     work_off(pool)
     pool.stop()
     assert taken[0].read(0, BYTES) == b"\xaa" * BYTES, "no zeros over the writer's bytes"
@@ -307,20 +302,10 @@ def test_a_segment_that_the_writer_is_in_is_never_retired(tmp_path: Path) -> Non
     pool.stop()
 
 
-def test_a_full_disk_keeps_the_reserve_from_users_and_space_that_returns_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_reserve_from_users_and_space_that_returns_is_used(tmp_path: Path) -> None:
     pool = pool_at(tmp_path)
     work_off(pool)
-    full = [True]
-    fallocate = os.posix_fallocate
-
-    def on_a_full_disk(fd: int, offset: int, size: int) -> None:
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fallocate(fd, offset, size)
-
-    monkeypatch.setattr(os, "posix_fallocate", on_a_full_disk)
+    failpoint.arm("segment.created=errno:ENOSPC@1+", "test")
     for base in range(0, 4 * BYTES, BYTES):
         pool.take(base).close()
         work_off(pool)
@@ -331,7 +316,7 @@ def test_a_full_disk_keeps_the_reserve_from_users_and_space_that_returns_is_used
         pool.take(4 * BYTES)
     assert list_segments(tmp_path)[-1] == 3 * BYTES
     assert not list(tmp_path.glob("*.tmp")), "an attempt in vain leaves nothing"
-    full.clear()
+    failpoint.arm("", "test")
     work_off(pool)
     assert (pool.user_capacity, pool.system_capacity) == (5 * BYTES, 7 * BYTES)
     assert pool.error is None
@@ -355,12 +340,9 @@ def test_above_the_watermark_only_the_reserve_is_kept_up(tmp_path: Path) -> None
 def test_a_failing_disk_while_filling_costs_speed_and_nothing_else(tmp_path: Path) -> None:
     pool = pool_at(tmp_path)
     failpoint.arm("segment.half_filled=errno:EIO@1", "test")
-    try:
-        pool.start()
-        until(lambda: pool.error is not None)
-        until(lambda: all(ready.filled == ready.segment.end for ready in list(pool._ready.values())))
-    finally:
-        failpoint.arm("", "test")
+    pool.start()
+    until(lambda: pool.error is not None)
+    until(lambda: all(ready.filled == ready.segment.end for ready in list(pool._ready.values())))
     assert pool.system_capacity == 4 * BYTES
     pool.take(0).close()
     pool.stop()

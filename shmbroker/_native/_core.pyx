@@ -7,6 +7,7 @@ One extension module, one file per object: see the includes.
 cimport cython
 
 include "record.pxi"
+include "scan.pxi"
 include "native.pxi"
 include "progress.pxi"
 include "region.pxi"

@@ -24,6 +24,7 @@ from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
 from shmbroker.record import Record, decode_record
+from shmbroker.store.files import Disk
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, list_segments
 from shmbroker.store.segment_pool import SegmentPool
 
@@ -41,8 +42,9 @@ class CommitLog:
     Only a disk without room (StoreFull) may be tried again.
     """
 
-    def __init__(self, pool: SegmentPool, segment_bytes: int) -> None:
+    def __init__(self, pool: SegmentPool, segment_bytes: int, disk: Disk = os) -> None:
         self._pool = pool
+        self._disk = disk
         self._segment_bytes = segment_bytes
         self._segment: Segment | None = None  # where the last write ended
         self._dirty: dict[int, Segment] = {}  # by base position: written since the last sync, and the current one
@@ -64,9 +66,9 @@ class CommitLog:
                 piece = data[: segment.end - position]
                 torn = failpoint("flusher.pwrite")  # torn: a part of the range, whatever its length
                 if torn is not None:
-                    os.pwrite(segment.fd, piece[:torn], SEGMENT_HEADER_BYTES + position - segment.base)
+                    self._disk.pwrite(segment.fd, piece[:torn], SEGMENT_HEADER_BYTES + position - segment.base)
                     die()
-                written = os.pwrite(segment.fd, piece, SEGMENT_HEADER_BYTES + position - segment.base)
+                written = self._disk.pwrite(segment.fd, piece, SEGMENT_HEADER_BYTES + position - segment.base)
                 if written <= 0:
                     raise OSError(errno.EIO, "pwrite wrote nothing")
                 position += written
@@ -85,7 +87,7 @@ class CommitLog:
         try:
             failpoint("flusher.before_fdatasync")  # as after_pwrite
             for base in sorted(self._dirty):
-                os.fdatasync(self._dirty[base].fd)
+                self._disk.fdatasync(self._dirty[base].fd)
         except OSError as error:
             raise self._failure("fdatasync", error) from error
         failpoint("flusher.after_fdatasync")  # durable, but flushed is old and nobody has been told
@@ -125,12 +127,13 @@ class LogReader:
     Only positions before ``flushed`` may be asked for: the files say nothing reliable about the rest.
     """
 
-    def __init__(self, directory: Path, segment_bytes: int, store: bytes) -> None:
+    def __init__(self, directory: Path, segment_bytes: int, store: bytes, window_bytes: int = WINDOW_BYTES) -> None:
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._store = store
         self._open: dict[int, Segment] = {}
-        self._buffer = bytearray(WINDOW_BYTES)
+        self._window_bytes = window_bytes
+        self._buffer = bytearray()
 
     def read(self, position: int) -> Record:
         """The record at ``position``. Raises PositionGone if retention took it, CorruptLog if it does not hold."""
@@ -144,8 +147,8 @@ class LogReader:
         except ValueError as error:
             raise self.explain(position, str(error)) from error
 
-    def window(self, position: int, end: int, size: int = WINDOW_BYTES) -> memoryview:
-        """At most ``size`` bytes from ``position`` on, before ``end`` and within one segment.
+    def window(self, position: int, end: int, size: int | None = None) -> memoryview:
+        """At most ``size`` (default ``window_bytes``) bytes from ``position`` on, before ``end``, within one segment.
 
         Valid until the next call. Empty if there is no (sound) segment for ``position``.
         """
@@ -153,9 +156,9 @@ class LogReader:
             segment = self._segment(position)
         except (PositionGone, CorruptLog):
             return memoryview(b"")
-        size = min(size, end - position, segment.end - position)
+        size = min(size or self._window_bytes, end - position, segment.end - position)
         if size > len(self._buffer):
-            self._buffer = bytearray(size)
+            self._buffer = bytearray(size)  # grows to a segment at most, and stays
         view = memoryview(self._buffer)[:size]
         return view[: segment.read_into(view, position)]
 
@@ -165,12 +168,12 @@ class LogReader:
         It returns the position behind what it could use, always that of a record: the next piece begins there. Returns
         ``end``, or the position at which consume did not get on although it had all up to the segment's end.
         """
-        position, size = start, WINDOW_BYTES
+        position, size = start, self._window_bytes
         while position < end:
             data = self.window(position, end, size)
             behind = consume(data, position) if data else position
             if behind > position:
-                position, size = behind, WINDOW_BYTES
+                position, size = behind, self._window_bytes
             elif len(data) == size < self._segment_bytes:
                 size = min(2 * size, self._segment_bytes)  # a record larger than the window
             else:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 FILE_MODE: Final = 0o600
 ZERO_STEP_BYTES: Final = 8 * 1024 * 1024
 _ZEROS: Final = bytes(1024 * 1024)
+
+
+class Disk(Protocol):
+    """What the commit log's writer asks of a disk. The module ``os`` is one; tests pass one that fails."""
+
+    def pwrite(self, fd: int, data: memoryview, offset: int, /) -> int: ...
+    def fdatasync(self, fd: int, /) -> None: ...
 
 
 def open_file(path: Path, flags: int) -> int:

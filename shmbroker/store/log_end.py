@@ -157,10 +157,11 @@ def torn_extent(reader: LogReader, place: LogPlace, found: LogEnd) -> int:
 def corrupt(place: LogPlace, position: int, why: str) -> CorruptLog:
     """The error that says where the damage is and what to do about it."""
     path = place.path(position)
+    byte = SEGMENT_HEADER_BYTES + position - place.base(position)
     return CorruptLog(
-        f"{path}, byte {SEGMENT_HEADER_BYTES + position - place.base(position)}: no valid record at position {position}, but "
-        f"{why}: this is damage, not a torn tail. Nothing was changed. `shmbroker log verify` shows the extent; "
-        "`shmbroker log repair` cuts the log there and keeps a copy",
+        f"{path}, byte {byte}: no valid record at position {position}, but {why}: this is damage, not a torn tail. "
+        "Nothing was changed. `shmbroker log verify` shows the extent; `shmbroker log repair` cuts the log there and "
+        "keeps a copy",
         position,
         str(path),
     )

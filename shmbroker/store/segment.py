@@ -80,7 +80,9 @@ class SegmentHeader:
     def parse(page: bytes, path: Path) -> SegmentHeader:
         """Read a header page; a SegmentError says what is wrong with it."""
         if len(page) < SEGMENT_HEADER_BYTES:
-            raise SegmentTruncated(f"{path}: {len(page)} bytes, its header alone has {SEGMENT_HEADER_BYTES}", None, str(path))
+            raise SegmentTruncated(
+                f"{path}: {len(page)} bytes, its header alone has {SEGMENT_HEADER_BYTES}", None, str(path)
+            )
         magic, version, _, base, segment_bytes, epoch, _, store = _FIELDS.unpack_from(page)
         if magic != _MAGIC:
             raise SegmentMagic(f"{path}: starts with {magic!r}, a segment starts with {_MAGIC!r}", None, str(path))
@@ -129,7 +131,9 @@ class Segment:
             size = os.fstat(fd).st_size
             if size != SEGMENT_HEADER_BYTES + segment_bytes:
                 raise SegmentTruncated(
-                    f"{path}: {size} bytes, a segment has {SEGMENT_HEADER_BYTES + segment_bytes}", header.base, str(path)
+                    f"{path}: {size} bytes, a segment has {SEGMENT_HEADER_BYTES + segment_bytes}",
+                    header.base,
+                    str(path),
                 )
         except BaseException:
             os.close(fd)

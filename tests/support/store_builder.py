@@ -20,7 +20,7 @@ from shmbroker.record import (
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.log_end import LogPlace
 from shmbroker.store.recovery import Recovery, recover
-from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader, list_segments
 
 STORE = bytes(range(16))
 SEGMENT = 8192
@@ -191,3 +191,22 @@ class Seen:
     @property
     def kinds(self) -> list[RecordKind]:
         return [RecordKind(record.kind) for record in self.replayed]
+
+
+def standard(directory: Path) -> StoreBuilder:
+    """``E | 20 messages F`` then ``| 10 messages``: 30 messages, of which the first 20 are known to be on the disk."""
+    log = StoreBuilder(directory)
+    log.begin_epoch()
+    log.messages(20)
+    log.sync()
+    log.messages(10)
+    return log
+
+
+def check_sound(log: StoreBuilder, result: Recovery) -> None:
+    """Nothing behind the end is anything but zeros, and what stands before it is what was written."""
+    assert log.log_bytes(result.end) == b"".join(log.records)[: result.end]
+    tail = log.place.base(result.end) + SEGMENT
+    if result.end % SEGMENT:
+        assert log.read_bytes(result.end, tail - result.end).count(0) == tail - result.end
+    assert all(base < max(result.end, 1) for base in list_segments(log.log))
