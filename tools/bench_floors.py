@@ -1,6 +1,6 @@
 """The machine's own limits, measured by ``bench_floors.c`` beside the broker's figures and in the same run.
 
-A figure without the floor of its minute says little: a virtual machine's disk and clock drift by a third within an hour.
+A figure without the floor of its minute says little: a virtual machine's disk and clock drift by a third in an hour.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def record_bytes(body_bytes: int) -> int:
 
 
 class Floors:
-    """Builds the C program into ``directory``, which must lie on the disk that is to be measured, and runs its parts."""
+    """Builds the C program into ``directory``, which must lie on the disk that is measured, and runs its parts."""
 
     def __init__(self, directory: Path) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -72,7 +72,7 @@ class Floors:
         return _latency(self._run("write", self._file, piece_bytes, count))
 
     def hand_over(self, body_bytes: int, producers: int, seconds: float) -> Flushes:
-        """Producers append and wait for one flusher process, which commits whatever has come in the meantime at once."""
+        """Producers append and wait for one flusher process, which commits at once whatever has come meanwhile."""
         self._prepare(64 << 20)
         found = self._run("handover", self._file, body_bytes, producers, seconds)
         latency = _latency(found)

@@ -32,6 +32,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "log": ("log", "Dump, verify and rebuild the commit log."),
     "backup": ("backup", "Make a consistent copy of a directory."),
     "ipc": ("ipc", "List and remove shared memory of dead brokers."),
+    "bench": ("bench", "Measure the broker beside the bare machine."),
     "failpoints": ("failpoints", "List the places where tests can make a process die."),
 }
 

@@ -1,0 +1,229 @@
+"""The data path's figures: sends, end to end, durable sends, latency. One function each, in the table's order."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import shmbroker
+from shmbroker._native._core import Region
+from shmbroker.tools import bench_processes as processes
+from shmbroker.tools import inside
+from shmbroker.tools.bench_floors import Floors, Flushes, Latency, record_bytes
+from shmbroker.tools.bench_report import Figure, Result, Target, alternate, percentile
+
+MIB = 1 << 20
+RING_BYTES = 32 * MIB
+SEGMENT_BYTES = 64 * MIB
+BODIES = {100: "100 B", 1024: "1 KiB"}
+Results = Iterator[Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every figure is given."""
+
+    floors: Floors
+    place: Path  # on the disk that is measured
+    quick: bool
+    full: bool
+
+    @property
+    def repeats(self) -> int:
+        return 3 if self.quick else 5
+
+    @contextmanager
+    def broker(self, **settings: Any) -> Iterator[tuple[shmbroker.Broker, Path, Region]]:
+        """A broker in a new directory, embedded in this process; gone with its directory afterwards."""
+        with (
+            self.directory() as directory,
+            shmbroker.open(directory, embed_grace=0.0, **settings) as broker,
+            inside.attached(directory) as region,
+        ):
+            broker.create_topic(processes.TOPIC)
+            yield broker, directory, region
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """A new one, removed when the broker that served it has stopped."""
+        directory = Path(tempfile.mkdtemp(prefix="broker-", dir=self.place))
+        try:
+            yield directory
+        finally:
+            wait_until(lambda: not inside.memory_files(directory), "a clean stop")
+            shutil.rmtree(directory)
+
+
+def wait_until(reached: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    """Poll ``reached``. Raises Failed after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            raise processes.Failed(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.002)
+
+
+def burst(bench: Bench) -> Results:
+    """Send into half a ring that is empty: what a send costs its caller, with nothing to wait for."""
+    targets = {(100, 1): 1_500_000, (100, 100): 5_000_000}
+    with bench.broker(ring_bytes=RING_BYTES) as (broker, _, region), broker.producer(processes.GROUP) as producer:
+        for body_bytes, body in BODIES.items():
+            for batch, call in ((1, "send"), (100, "send_batch(100)")):
+                bare, measured = _burst(bench, region, producer, body_bytes, batch)
+                limit = targets.get((body_bytes, batch))
+                target = Target(at_least=limit) if limit else None
+                yield Figure(f"{call}, {body}, burst", measured, "1/s", bare, "bare append", target)
+
+
+def _burst(
+    bench: Bench, region: Region, producer: shmbroker.Producer, body_bytes: int, batch: int
+) -> tuple[float, float]:
+    count = RING_BYTES // 2 // record_bytes(body_bytes) // 100 * 100
+    pool = processes.messages(count, body_bytes)
+    batches = [pool[at : at + batch] for at in range(0, count, batch)]
+    producer.send(pool[0])  # the topic exists, the paths are warm
+
+    def figure() -> float:
+        wait_until(lambda: inside.drained(region), "an empty ring")
+        begin = time.perf_counter()
+        if batch == 1:
+            send = producer.send
+            for message in pool:
+                send(message)
+        else:
+            send_batch = producer.send_batch
+            for some in batches:
+                send_batch(some)
+        return count / (time.perf_counter() - begin)
+
+    return alternate(
+        bench.repeats, lambda: bench.floors.append(body_bytes, batch, count=count, ring_bytes=RING_BYTES), figure
+    )
+
+
+def sustained(bench: Bench) -> Results:
+    """Send far more than the ring holds into segments that stand ready, up to the last byte's fdatasync."""
+    for body_bytes, body in BODIES.items():
+        bare, measured = _sustained(bench, body_bytes, 512 * MIB if bench.quick else 3072 * MIB)
+        target = Target(at_least=0.8, of_floor=True)
+        note = f"{measured / record_bytes(body_bytes) / 1e6:.1f} M messages/s"
+        yield Figure(f"send_batch(100), {body}, sustained", measured, "B/s", bare, "1 MiB writes", target, note)
+
+
+def _sustained(bench: Bench, body_bytes: int, total: int) -> tuple[float, float]:
+    batch = processes.messages(100, body_bytes)
+    calls = total // (100 * record_bytes(body_bytes))
+    sent_bytes = calls * 100 * record_bytes(body_bytes)
+    settings = {"segments_ahead": total // SEGMENT_BYTES + 2, "segment_bytes": SEGMENT_BYTES}
+
+    def figure() -> float:
+        with bench.broker(**settings) as (broker, _, region), broker.producer(processes.GROUP) as producer:
+            last = producer.send_batch(batch)
+            needed = region.get("tail") + sent_bytes
+            wait_until(lambda: region.get("user_capacity") >= needed, "segments made ahead", 120)
+            wait_until(lambda: inside.drained(region), "an empty ring")
+            begin = time.perf_counter()
+            for _ in range(calls):
+                last = producer.send_batch(batch)
+            wait_until(lambda: region.get("flushed") >= last.end_position, "the last flush")
+            return sent_bytes / (time.perf_counter() - begin)
+
+    return alternate(bench.repeats - 2, lambda: bench.floors.sequential_write(MIB, total), figure)
+
+
+def end_to_end(bench: Bench) -> Results:
+    """One producer process to one consumer process that acknowledges everything, first send to last ack."""
+    targets = {(100, 1): 500_000, (100, 100): 2_000_000}
+    for body_bytes, body in BODIES.items():
+        for batch, api in ((1, "single-message API"), (100, "batch API (100)")):
+            bare, measured = _end_to_end(bench, body_bytes, batch)
+            limit = targets.get((body_bytes, batch))
+            target = Target(at_least=limit) if limit else None
+            yield Figure(f"1 -> 1 with ack, {body}, {api}", measured, "1/s", bare, "bare append", target)
+
+
+def _end_to_end(bench: Bench, body_bytes: int, batch: int) -> tuple[float, float]:
+    count = (200_000 if bench.quick else 500_000) * (1 if batch == 1 else 4)
+
+    def figure() -> float:
+        with bench.broker() as (_, directory, _):
+            producer = (processes.send_counted, (directory, count, body_bytes, batch))
+            consumer = (processes.receive_counted, (directory, count, batch))
+            begin, end = processes.run_fleet([producer, consumer], seconds=120)
+            return float(count / (end - begin) * 1e9)
+
+    return alternate(
+        bench.repeats, lambda: bench.floors.append(body_bytes, batch, count=count, ring_bytes=RING_BYTES), figure
+    )
+
+
+def durable(bench: Bench) -> Results:
+    """Single sends under SYNC_FLUSH: each is on the disk when it returns. The flusher commits for all who wait."""
+    for body_bytes, body in BODIES.items():
+        for producers in (1, 4, 16):
+            bare, measured = _durable(bench, body_bytes, producers)
+            name = f"SYNC_FLUSH, {body}, {producers:2} producer{'s' if producers > 1 else ''}"
+            p50 = Target(at_most=1.3, of_floor=True) if (producers, body_bytes) == (1, 100) else None
+            rate = Target(at_least=0.8, of_floor=True) if (producers, body_bytes) == (16, 100) else None
+            yield Figure(f"{name}: rate", measured.rate, "1/s", bare.rate, "bare hand-over", rate)
+            yield Figure(f"{name}: p50", measured.p50, "s", bare.p50, "bare hand-over", p50)
+            yield Figure(f"{name}: p99", measured.p99, "s", bare.p99, "bare hand-over")
+
+
+def _durable(bench: Bench, body_bytes: int, producers: int) -> tuple[Flushes, Flushes]:
+    seconds = 1.0 if bench.quick else 2.0
+
+    def figure() -> Flushes:
+        with bench.broker(flush_disk_type="SYNC_FLUSH") as (_, directory, _):
+            producer = (processes.send_durably, (directory, seconds, body_bytes))
+            answers = processes.run_fleet([producer] * producers, seconds=seconds + 30)
+            ordered = sorted(nanoseconds for _, some in answers for nanoseconds in some)
+            rate = sum(rate for rate, _ in answers)
+            return Flushes(rate, percentile(ordered, 0.5) / 1e9, percentile(ordered, 0.99) / 1e9)
+
+    return alternate(bench.repeats, lambda: bench.floors.hand_over(body_bytes, producers, seconds), figure)
+
+
+def one_way(bench: Bench) -> Results:
+    """From the stamp before a send to the stamp after its receipt, 2,000 messages a second, nothing queued."""
+    for how, floor_name, p50, p99 in (
+        ("sleeping", "bare semaphore", Target(at_most=1.6, of_floor=True), Target(at_most=100e-6)),
+        ("spinning", "shared word", Target(at_most=6e-6), None),
+    ):
+        bare, measured = _one_way(bench, how == "spinning")
+        yield Figure(f"one way, {how} consumer: p50", measured.p50, "s", bare.p50, floor_name, p50)
+        yield Figure(f"one way, {how} consumer: p99", measured.p99, "s", bare.p99, floor_name, p99)
+
+
+def _one_way(bench: Bench, spin: bool) -> tuple[Latency, Latency]:
+    rate, count = 2000, 4000 if bench.quick else 10_000
+
+    def figure() -> Latency:
+        with bench.broker() as (_, directory, _):
+            producer = (processes.send_paced, (directory, rate, count, 100))
+            consumer = (processes.receive_stamped, (directory, count, spin))
+            ordered = sorted(processes.run_fleet([producer, consumer], seconds=count / rate + 30)[1])
+            return Latency(percentile(ordered, 0.5) / 1e9, percentile(ordered, 0.99) / 1e9)
+
+    return alternate(bench.repeats, lambda: bench.floors.one_way(rate, count, spin=spin), figure)
+
+
+def machine(bench: Bench) -> Results:
+    """What this machine itself takes, for the reader of the figures above."""
+    floor = bench.floors.one_way(0, 20_000)
+    small = bench.floors.small_write(4096, 1000)
+    yield Figure("bare semaphore ping-pong, one way: p50", floor.p50, "s", note="no broker")
+    yield Figure("bare 4 KiB pwrite + fdatasync: p50", small.p50, "s", note="no broker")
+    yield Figure("bare 4 KiB pwrite + fdatasync: p99", small.p99, "s", note="no broker")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,165 @@
+"""``shmbroker demo``: the main job, with processes killed in the middle of it.
+
+A fleet of senders streams the lines of a text file through a real broker to a fleet of receivers, while a sender, a
+receiver and the flusher are killed with -9 and replaced. At the end what arrived is compared with the file.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+import shmbroker
+from shmbroker.tools import console
+from shmbroker.tools import demo_processes as processes
+from shmbroker.tools.bench_report import human, percentile
+from shmbroker.tools.cli import main
+from shmbroker.tools.demo_fleet import KILLS, Fleet, Killed
+from shmbroker.tools.demo_history import Verdict, judge
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure, Session, pass_session
+
+LINES = 600_000
+# A successor's lines in doubt must still be in the window of remembered dedup keys after its start of some 200 ms.
+ID_WINDOW = 1 << 18
+
+
+def run_demo(
+    text: Path, place: Path, *, at_least: int, senders: int, receivers: int, settings: dict[str, Any]
+) -> tuple[Verdict, list[Killed]]:
+    """Carry the demo through in the empty directory ``place`` and judge it. No process is left behind.
+
+    Raises Failure or ShmBrokerError.
+    """
+    lines = processes.read_lines(text, at_least)
+    if not lines:
+        raise Failure(f"{text} has no lines", ExitCode.USAGE)
+    histories = place / "histories"
+    histories.mkdir()
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with shmbroker.open(place / "broker", id_window=ID_WINDOW, **settings) as broker:
+        broker.create_topic(processes.TOPIC, queues=max(4, receivers))
+        fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            fleet.run(progress)
+    return judge(lines, histories), fleet.made
+
+
+def report(verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
+    """The result as plain data."""
+    send, delivery = sorted(verdict.send_latencies_ns), sorted(verdict.delivery_latencies_ns)
+    return {
+        "lines": verdict.lines,
+        "sent": dict(verdict.sent),
+        "delivered": verdict.delivered,
+        "redelivered": verdict.redelivered,
+        "lost": verdict.lost,
+        "altered": verdict.altered,
+        "duplicated_after_ack": verdict.duplicated,
+        "examples": verdict.examples,
+        "kills": [{"what": k.what, "pid": k.pid, "sent": k.sent, "received": k.received} for k in killed],
+        "seconds": verdict.seconds,
+        "messages_per_second": verdict.delivered / verdict.seconds if verdict.seconds else 0.0,
+        "send_seconds": _percentiles(send),
+        "delivery_seconds": _percentiles(delivery),
+        "good": verdict.good and len(killed) == len(KILLS),
+    }
+
+
+def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
+    if not nanoseconds:
+        return {}
+    return {"p50": percentile(nanoseconds, 0.5) / 1e9, "p99": percentile(nanoseconds, 0.99) / 1e9}
+
+
+def _print_table(told: dict[str, Any]) -> None:
+    rows: list[tuple[str, str]] = [("lines read", f"{told['lines']:,}")]
+    rows += [(f"sent: {status}", f"{count:,}") for status, count in sorted(told["sent"].items())]
+    for what in ("delivered", "redelivered", "lost", "altered", "duplicated_after_ack"):
+        rows.append((what.replace("_", " "), f"{told[what]:,}"))
+    for what, some in told["examples"].items():
+        rows.append((f"{what}: for example lines", ", ".join(map(str, some))))
+    for kill in told["kills"]:
+        rows.append((f"kill -9: {kill['what']}", f"after {kill['sent']:,} sent, {kill['received']:,} received"))
+    rows.append(("throughput", human(told["messages_per_second"], "1/s")))
+    for what in ("send", "delivery"):
+        rows += [(f"{what} latency {name}", human(found, "s")) for name, found in told[f"{what}_seconds"].items()]
+    console.table("", ["main job", ">result"], rows)
+
+
+@click.command()
+@click.option(
+    "--input",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text file.  [default: one of the Python installation]",
+)
+@click.option(
+    "--lines", type=click.IntRange(1), default=LINES, show_default=True, help="Repeat the file up to so many lines."
+)
+@click.option("--producers", type=click.IntRange(1, 64), default=4, show_default=True, help="Processes that send.")
+@click.option("--consumers", type=click.IntRange(1, 64), default=3, show_default=True, help="Processes that receive.")
+@click.option("--sync", is_flag=True, help="SYNC_FLUSH: every answer waits for the disk.")
+@click.option(
+    "-d",
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Make the broker and the histories here, and keep them.  [default: a temporary directory, removed afterwards]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@pass_session
+def demo(
+    session: Session,
+    input: Path | None,
+    lines: int,
+    producers: int,
+    consumers: int,
+    sync: bool,
+    directory: Path | None,
+    as_json: bool,
+) -> int:
+    """Stream a text file through a broker while a producer, a consumer and the flusher are killed with -9.
+
+    \b
+    shmbroker demo
+    shmbroker demo --input /var/log/syslog --producers 8 --consumers 4 --sync
+
+    Every process writes down what it sent and got in a file of its own; at the end these are compared with the input,
+    line by line. Leaves with 0 if nothing was lost and nothing came again after its ack, else with 1.
+    """
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="shmbroker-demo-", dir=directory or Path.cwd()))
+    keep = directory is not None
+    try:
+        verdict, killed = run_demo(
+            input or Path(pydoc_data.topics.__file__),
+            place,
+            at_least=lines,
+            senders=producers,
+            receivers=consumers,
+            settings={"flush_disk_type": "SYNC_FLUSH"} if sync else {},
+        )
+        told = report(verdict, killed)
+        keep = keep or not told["good"]
+    finally:
+        if not keep:
+            shutil.rmtree(place)
+    if session.json or as_json:
+        console.print_json(told)
+    else:
+        _print_table(told)
+    if keep:
+        click.echo(f"the broker and the histories are in {place}", err=True)
+    return ExitCode.OK if told["good"] else ExitCode.FINDING
+
+
+if __name__ == "__main__":
+    main(["demo", *sys.argv[1:]])

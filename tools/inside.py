@@ -1,0 +1,45 @@
+"""A running broker seen from beside it, through the memory that its descriptor names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shmbroker import memory
+from shmbroker._native._core import Region
+from shmbroker.descriptor import read_descriptor
+from shmbroker.errors import NotReady
+from shmbroker.naming import BrokerPaths
+
+
+@contextmanager
+def attached(directory: Path) -> Iterator[Region]:
+    """The memory of the broker that serves ``directory``, without becoming a client of it. Raises NotReady."""
+    found = memory.attach(BrokerPaths(directory))
+    if found is None:
+        raise NotReady(f"no broker serves {directory}")
+    region, _ = found
+    try:
+        yield region
+    finally:
+        region.close()
+
+
+def drained(region: Region) -> bool:
+    """True when no worker has anything left to do for what was appended."""
+    tail = region.get("tail")
+    return region.get("flushed") == tail == region.get("dispatched")
+
+
+def worker_pids(region: Region) -> dict[str, int]:
+    """Process ids of the workers by role, the supervisor among them."""
+    return {worker["role"]: worker["pid"] for worker in region.workers() if worker["pid"]}
+
+
+def memory_files(directory: Path) -> list[Path]:
+    """The files in /dev/shm that belong to the broker of ``directory``."""
+    descriptor = read_descriptor(BrokerPaths(directory))
+    if descriptor is None:
+        return []
+    return [memory.SHM_DIRECTORY / name.lstrip("/") for name in (descriptor.control, descriptor.ring)]
