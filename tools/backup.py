@@ -17,7 +17,7 @@ from shmbroker._native._core import crc32c
 from shmbroker.config import FILE_NAME
 from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.store.files import sync_directory
-from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
@@ -134,7 +134,7 @@ def _copy_segment(
     except FileNotFoundError:
         return None
     try:
-        used = HEADER_BYTES + end - base
+        used = SEGMENT_HEADER_BYTES + end - base
         with (target / name).open("xb") as copy:
             os.fchmod(copy.fileno(), 0o600)
             done = 0
@@ -145,13 +145,13 @@ def _copy_segment(
                 copy.write(piece)
                 done += len(piece)
                 advance(len(piece))
-            copy.truncate(HEADER_BYTES + stored.segment_bytes)
+            copy.truncate(SEGMENT_HEADER_BYTES + stored.segment_bytes)
         if _moved(segment):  # used again while we read: what we have is neither the one nor the other
             (target / name).unlink()
             return None
     finally:
         segment.close()
-    return _File(f"log/{name}", HEADER_BYTES + stored.segment_bytes, _crc(target / name))
+    return _File(f"log/{name}", SEGMENT_HEADER_BYTES + stored.segment_bytes, _crc(target / name))
 
 
 def _moved(segment: Segment) -> bool:

@@ -17,7 +17,7 @@ from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.commit_log import WINDOW_BYTES, LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES
-from shmbroker.store.segment import HEADER_BYTES, Segment, SegmentError, SegmentHeader, list_segments
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, SegmentHeader, list_segments
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure
 
@@ -210,7 +210,9 @@ class StoredLog:
 
     def _damage(self, position: int, end: int, what: str) -> Damage:
         base = position - position % self.segment_bytes
-        return Damage(position, end, f"{self.paths.log / segment_name(base)}:{HEADER_BYTES + position - base}", what)
+        return Damage(
+            position, end, f"{self.paths.log / segment_name(base)}:{SEGMENT_HEADER_BYTES + position - base}", what
+        )
 
 
 def _any_header(directory: Path, bases: list[int]) -> SegmentHeader:
@@ -220,7 +222,7 @@ def _any_header(directory: Path, bases: list[int]) -> SegmentHeader:
         path = directory / segment_name(base)
         try:
             with path.open("rb") as stream:
-                return SegmentHeader.parse(stream.read(HEADER_BYTES), path)
+                return SegmentHeader.parse(stream.read(SEGMENT_HEADER_BYTES), path)
         except SegmentError as error:
             reason = error
     assert reason is not None
