@@ -82,6 +82,9 @@ class Fleet:
             environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         log_fd = os.open(self._paths.worker_log(member.role), flags, 0o600)
+        # Blocked signals stay blocked over an exec: a worker told to leave while its interpreter is still starting hears
+        # of it once it can finish properly (leave_on_signals).
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             member.process = subprocess.Popen(
                 [sys.executable, "-m", f"shmbroker.workers.{member.role}", str(self._paths.directory)],
@@ -93,6 +96,7 @@ class Fleet:
                 start_new_session=True,  # a Ctrl-C at the terminal is the supervisor's affair
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             os.close(log_fd)
         member.pidfd = os.pidfd_open(member.process.pid)
         member.starts += 1

@@ -172,6 +172,7 @@ def leave_on_signals(request_stop: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
 
 def _watch(worker: Worker, supervisor: int) -> None:

@@ -1,0 +1,67 @@
+"""Fixtures of all tests, and what must not be left behind by any of them: memory, processes, file descriptors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import shmbroker
+from shmbroker._native._core import Region
+from shmbroker.broker import Broker
+from support.processes import SMALL, kill_all, processes_of
+from support.waiting import wait_until
+
+SHM = Path("/dev/shm")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """Where a test may make a broker. It is stopped afterwards, and must not have left anything in memory."""
+    place = tmp_path / "broker"
+    yield place
+    wait_until(lambda: not processes_of(place), "the broker gone after the test", deadline=10.0)
+    assert objects_of(place) == []
+
+
+@pytest.fixture
+def crashed_directory(tmp_path: Path) -> Iterator[Path]:
+    """As ``directory``, for tests that leave a killed broker behind: what is left is swept away."""
+    place = tmp_path / "broker"
+    yield place
+    kill_all(place)
+    for name in objects_of(place):
+        (SHM / name).unlink()
+
+
+@pytest.fixture
+def broker(directory: Path) -> Iterator[Broker]:
+    """A small broker, embedded in the test."""
+    with shmbroker.open(directory, **SMALL) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left_open() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "file descriptors closed", deadline=5.0)
+
+
+def objects_of(directory: Path) -> list[str]:
+    """Memory objects in /dev/shm whose control segment names ``directory``; both of a pair, if both are there."""
+    if not directory.exists():
+        return []
+    status = directory.stat()
+    found = []
+    for control in SHM.glob("shmbroker-*-c"):
+        try:
+            with control.open("rb") as stream:
+                header = Region.read_header(stream.fileno())
+        except (OSError, shmbroker.LayoutMismatch):
+            continue  # of another test run, coming or going
+        if header["directory"] == (status.st_dev, status.st_ino):
+            found += [name for name in (control.name, control.name[:-1] + "r") if (SHM / name).exists()]
+    return found

@@ -1,0 +1,149 @@
+"""Real processes for tests: children with a conversation, a broker's workers, signals."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import psutil
+
+from shmbroker import memory, process
+from shmbroker.naming import BrokerPaths
+from support.waiting import DEADLINE, wait_until
+
+# Small tables, so that many brokers fit beside each other and starts are quick.
+SMALL: Final[dict[str, object]] = {
+    "ring_bytes": "1 MiB",
+    "segment_bytes": "1 MiB",
+    "max_topics": 16,
+    "max_queues": 64,
+    "max_groups": 8,
+    "max_clients": 16,
+    "max_waiters": 32,
+    "claim_tables": 16,
+    "claim_window": 64,
+    "overflow_claims": 64,
+    "id_window": 1024,
+    "embed_grace": 0.1,
+}
+
+
+class Child:
+    """A Python process that runs ``source`` with ``arguments`` and talks in lines. Killed when the test leaves it."""
+
+    def __init__(self, source: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-c", textwrap.dedent(source), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+        )
+        self.pid = self._process.pid
+
+    def read_line(self, deadline: float = DEADLINE) -> str:
+        """The next line it prints, without the end of line; "" if it has ended."""
+        assert self._process.stdout is not None
+        end = time.monotonic() + deadline
+        line = b""
+        while not line.endswith(b"\n"):
+            if not select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise AssertionError(f"the child said nothing for {deadline:g} s after {line!r}")
+            piece = os.read(self._process.stdout.fileno(), 1)
+            if not piece:
+                break
+            line += piece
+        return line.decode().rstrip("\n")
+
+    def write_line(self, line: str = "") -> None:
+        """One line to its stdin."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+        self._process.stdin.flush()
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        """Its exit code; negative for a signal."""
+        return self._process.wait(deadline)
+
+    def kill(self) -> None:
+        """SIGKILL, and gone."""
+        self._process.kill()
+        self._process.wait(DEADLINE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def supervisor_of(directory: Path) -> int:
+    """Pid of the process that holds the directory's lock; 0 if nobody does."""
+    return process.lock_holder(BrokerPaths(directory).lock)
+
+
+def workers_of(directory: Path) -> dict[str, int]:
+    """Pid by role of the living workers of a broker, the supervisor included."""
+    found = memory.attach(BrokerPaths(directory))
+    if found is None:
+        return {}
+    return {
+        worker["role"]: worker["pid"]
+        for worker in found[0].workers()
+        if process.is_alive(process.Identity(worker["pid"], worker["start_ticks"]))
+    }
+
+
+def wait_for_workers(directory: Path) -> dict[str, int]:
+    """The same, once all four are at work."""
+
+    def all_four() -> dict[str, int] | None:
+        found = workers_of(directory)
+        return found if len(found) == 4 else None
+
+    found = wait_until(all_four, "supervisor, flusher, dispatcher and janitor at work")
+    assert found is not None
+    return found
+
+
+def processes_of(directory: Path) -> list[psutil.Process]:
+    """Every process whose command line names the directory."""
+    mine = []
+    for candidate in psutil.process_iter(["cmdline"]):
+        if str(directory) in (candidate.info["cmdline"] or []) and candidate.pid != os.getpid():
+            mine.append(candidate)
+    return mine
+
+
+def kill_all(directory: Path) -> None:
+    """kill -9 of supervisor and workers, the supervisor first, all stopped before so that none sees another die."""
+    victims = processes_of(directory)
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for victim in victims:
+            try:
+                victim.send_signal(signum)
+            except psutil.NoSuchProcess:
+                continue
+    wait_until(lambda: not processes_of(directory), "all processes of the broker dead")
+
+
+def stop_broker(directory: Path) -> None:
+    """SIGTERM to the supervisor; return when it has stopped the broker cleanly."""
+    supervisor = supervisor_of(directory)
+    if supervisor > 0:
+        os.kill(supervisor, signal.SIGCONT)
+        os.kill(supervisor, signal.SIGTERM)
+    wait_until(lambda: supervisor_of(directory) == 0 and not processes_of(directory), "the broker stopped")

@@ -1,0 +1,327 @@
+"""A broker from open to clean stop, and everything that can be killed on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import shmbroker
+from shmbroker import Message, SendStatus, memory
+from shmbroker.broker import Broker
+from shmbroker.descriptor import read_descriptor
+from shmbroker.naming import BrokerPaths
+from support.processes import (
+    SMALL,
+    Child,
+    kill_all,
+    processes_of,
+    stop_broker,
+    supervisor_of,
+    wait_for_workers,
+    workers_of,
+)
+from support.waiting import wait_until
+
+SENDER = """
+    import sys, shmbroker
+    from shmbroker import Message
+    broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
+    producer = broker.producer("test")
+    print("open")
+    for line in sys.stdin:
+        result = producer.send(Message("orders", line.rstrip("\\n").encode()))
+        print(result.status.name, result.position)
+"""
+
+
+def open_small(directory: Path, **settings: object) -> Broker:
+    return shmbroker.open(directory, **{**SMALL, **settings})
+
+
+def send(broker: Broker, body: bytes) -> int:
+    """Send a message; the position of its record."""
+    with broker.producer("test") as producer:
+        result = producer.send(Message("orders", body))
+    assert result.status is SendStatus.SEND_OK
+    return int(result.position)
+
+
+def body_at(broker: Broker, position: int) -> bytes:
+    """The body of the record at ``position``, from the log's files, once it is there."""
+    region = broker.region
+    wait_until(lambda: region.get("flushed") > position, "the message on the disk")
+    from shmbroker.record import decode_record
+
+    return bytes(decode_record(broker.read_log(position)).body)
+
+
+def test_the_last_client_leaves_and_the_broker_stops_cleanly(directory: Path) -> None:
+    with open_small(directory) as broker:
+        position = send(broker, b"42")
+        assert BrokerPaths(directory).descriptor.exists()
+    wait_until(lambda: not processes_of(directory), "the workers gone")
+    assert not BrokerPaths(directory).descriptor.exists()
+    with open_small(directory) as broker:
+        assert body_at(broker, position) == b"42"
+
+
+def test_a_second_process_attaches_to_the_same_broker(broker: Broker, directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        child.write_line("from another process")
+        status, position = child.read_line().split()
+    assert status == "SEND_OK"
+    assert body_at(broker, int(position)) == b"from another process"
+
+
+def test_a_killed_client_gives_its_slot_back_at_once(broker: Broker, directory: Path) -> None:
+    wait_for_workers(directory)
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        assert len(broker.region.clients()) == 2
+        child.kill()
+        wait_until(lambda: len(broker.region.clients()) == 1, "the dead client's slot free", deadline=1.0)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("role", ["flusher", "dispatcher", "janitor"])
+def test_a_killed_worker_is_restarted_and_nothing_is_lost(broker: Broker, directory: Path, role: str) -> None:
+    before = wait_for_workers(directory)
+    positions = {send(broker, b"before"): b"before"}
+    os.kill(before[role], signal.SIGKILL)
+    positions[send(broker, b"during")] = b"during"
+    wait_until(lambda: workers_of(directory).get(role, before[role]) != before[role], f"another {role}")
+    positions[send(broker, b"after")] = b"after"
+    assert {position: body_at(broker, position) for position in positions} == positions
+    after = wait_for_workers(directory)
+    assert {other for other in before if before[other] != after[other]} == {role}
+
+
+@pytest.mark.crash
+def test_a_killed_supervisor_is_replaced_and_the_memory_stays(broker: Broker, directory: Path) -> None:
+    before = wait_for_workers(directory)
+    descriptor = read_descriptor(BrokerPaths(directory))
+    position = send(broker, b"before")
+    os.kill(before["supervisor"], signal.SIGKILL)
+    wait_until(
+        lambda: workers_of(directory).get("supervisor", before["supervisor"]) != before["supervisor"], "a successor"
+    )
+    after = wait_for_workers(directory)
+    assert not set(before.values()) & set(after.values()), "the orphans have left"
+    assert read_descriptor(BrokerPaths(directory)) == descriptor
+    assert body_at(broker, position) == b"before"
+    assert body_at(broker, send(broker, b"after")) == b"after"
+
+
+@pytest.mark.crash
+def test_what_was_not_flushed_when_everything_was_killed_is_flushed_by_the_next_broker(directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        os.kill(wait_for_workers(directory)["flusher"], signal.SIGSTOP)
+        sent = {}
+        for number in range(100):
+            child.write_line(f"message {number}")
+            status, position = child.read_line().split()
+            assert status == "SEND_OK"
+            sent[int(position)] = f"message {number}".encode()
+        os.kill(child.pid, signal.SIGSTOP)  # or it would start another supervisor
+        kill_all(directory)
+    with open_small(directory) as broker:
+        assert {position: body_at(broker, position) for position in sent} == sent
+
+
+@pytest.mark.crash
+def test_a_broker_that_lost_its_memory_recovers_from_the_log_in_a_new_epoch(directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        child.write_line("kept")
+        position = int(child.read_line().split()[1])
+        attached = memory.attach(BrokerPaths(directory))
+        assert attached is not None
+        region, descriptor = attached
+        wait_until(lambda: region.get("flushed") > position, "the message on the disk")
+        epoch = region.get("epoch")
+        os.kill(child.pid, signal.SIGSTOP)
+        kill_all(directory)
+    for name in (descriptor.control, descriptor.ring):
+        Path("/dev/shm" + name).unlink()
+    with open_small(directory) as broker:
+        assert body_at(broker, position) == b"kept"
+        assert broker.region.get("epoch") == epoch + 1
+        (topic,) = broker.topics()
+        assert sum(queue["next_offset"] for queue in topic["queues"]) == 1
+
+
+def test_a_second_supervisor_is_refused_and_the_first_goes_on(broker: Broker, directory: Path) -> None:
+    first = supervisor_of(directory)
+    second = subprocess.run(
+        [sys.executable, "-m", "shmbroker.workers.supervisor", str(directory)], capture_output=True, timeout=20
+    )
+    assert second.returncode == os.EX_UNAVAILABLE
+    assert b"another supervisor serves" in second.stderr
+    assert supervisor_of(directory) == first
+    assert body_at(broker, send(broker, b"still here")) == b"still here"
+
+
+def test_the_workers_leave_when_the_embedding_process_is_killed(directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        wait_for_workers(directory)
+        child.write_line("left behind")
+        position = int(child.read_line().split()[1])
+        child.kill()
+    wait_until(lambda: not processes_of(directory), "the workers gone")
+    assert not BrokerPaths(directory).descriptor.exists(), "it was a clean stop"
+    with open_small(directory) as broker:
+        assert body_at(broker, position) == b"left behind"
+
+
+def test_workers_leave_when_everything_else_is_killed(directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        workers = wait_for_workers(directory)
+        os.kill(child.pid, signal.SIGSTOP)
+        os.kill(workers["supervisor"], signal.SIGKILL)
+        child.kill()
+    wait_until(lambda: not processes_of(directory), "the orphans gone")
+    with open_small(directory) as broker:
+        assert body_at(broker, send(broker, b"taken over")) == b"taken over"
+
+
+def test_an_opener_waits_for_a_broker_that_is_stopping_and_starts_the_next(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHMBROKER_FAILPOINTS", "supervisor.draining=stop")
+    first = open_small(directory)
+    epoch = first.region.get("epoch")
+    supervisor = supervisor_of(directory)
+    monkeypatch.delenv("SHMBROKER_FAILPOINTS")
+    region = first.region
+    state = memory.attach(BrokerPaths(directory))
+    assert state is not None
+    first.close()
+    del region
+    wait_until(lambda: state[0].get("state") == memory.STATE_DRAINING, "the broker draining")
+    opened: list[Broker] = []
+    opener = threading.Thread(target=lambda: opened.append(open_small(directory)))
+    opener.start()
+    assert state[0].get("state") == memory.STATE_DRAINING
+    os.kill(supervisor, signal.SIGCONT)
+    opener.join(20.0)
+    with opened[0] as broker:
+        assert broker.region.get("epoch") == epoch + 1
+        assert supervisor_of(directory) != supervisor
+
+
+def test_a_copy_of_a_running_brokers_directory_gets_memory_of_its_own(broker: Broker, directory: Path) -> None:
+    position = send(broker, b"original")
+    assert body_at(broker, position) == b"original"
+    copy = directory.with_name("copy")
+    shutil.copytree(directory, copy)
+    with open_small(copy) as other:
+        mine, theirs = read_descriptor(BrokerPaths(directory)), read_descriptor(BrokerPaths(copy))
+        assert mine is not None
+        assert theirs is not None
+        assert {mine.control, mine.ring}.isdisjoint({theirs.control, theirs.ring})
+        assert body_at(other, position) == b"original"
+        send(other, b"only in the copy")
+    assert broker.region.get("tail") == broker.region.get("flushed") or body_at(broker, send(broker, b"on")) == b"on"
+    stop_broker(copy)
+
+
+def test_a_setting_that_the_running_broker_does_not_have_is_refused(broker: Broker, directory: Path) -> None:
+    assert broker.config.runtime.flush_disk_type == "ASYNC_FLUSH"
+    with pytest.raises(shmbroker.ConfigConflict, match="flush_disk_type = 'SYNC_FLUSH': .* 'ASYNC_FLUSH'"):
+        shmbroker.open(directory, flush_disk_type="SYNC_FLUSH")
+    with shmbroker.open(directory, flush_disk_type="ASYNC_FLUSH"):
+        pass
+
+
+def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
+    with pytest.raises(shmbroker.NotEnoughMemory, match=r"needs 10\d\d\d\d\.\d MiB of /dev/shm, .* --shm-size="):
+        shmbroker.open(directory, ring_bytes="64 GiB", max_queues=65_535, claim_window=65_536, claim_tables=65_535)
+    assert not processes_of(directory)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "name",
+    [
+        "supervisor.locked",
+        "memory.descriptor_written",
+        "memory.descriptor_renamed",
+        "memory.objects_created",
+        "memory.allocated",
+        "memory.formatted",
+        "supervisor.restored",
+        "supervisor.epoch_written",
+    ],
+)
+def test_a_supervisor_killed_while_it_starts_leaves_nothing_that_hinders_the_next(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("SHMBROKER_FAILPOINTS", f"supervisor/{name}=kill")
+    with pytest.raises(shmbroker.NotReady, match="the supervisor died"):
+        open_small(directory)
+    monkeypatch.delenv("SHMBROKER_FAILPOINTS")
+    before = set(os.listdir("/dev/shm"))
+    with open_small(directory) as broker:
+        assert body_at(broker, send(broker, b"first")) == b"first"
+    assert before is not None
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "name", ["supervisor.draining", "supervisor.drained", "memory.control_unlinked", "memory.unlinked"]
+)
+def test_a_supervisor_killed_while_it_stops_loses_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("SHMBROKER_FAILPOINTS", f"supervisor/{name}=kill")
+    with open_small(directory) as broker:
+        wait_for_workers(directory)
+        position = send(broker, b"kept")
+    monkeypatch.delenv("SHMBROKER_FAILPOINTS")
+    wait_until(lambda: not processes_of(directory), "supervisor and workers gone")
+    with open_small(directory) as broker:
+        assert body_at(broker, position) == b"kept"
+
+
+def test_after_a_fork_the_childs_broker_registers_anew(broker: Broker) -> None:
+    with broker.producer("parent") as producer:
+        producer.send(Message("orders", b"parent"))
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:  # pragma: no cover - another process
+            try:
+                with broker.producer("child") as own:
+                    result = own.send(Message("orders", b"child"))
+                os.write(write_end, f"{result.position} {broker.attach().slot}".encode())
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        os.waitpid(child, 0)
+        position, slot = map(int, os.read(read_end, 100).split())
+        os.close(read_end)
+        assert slot != broker.attach().slot
+        assert body_at(broker, position) == b"child"
+        assert producer.send(Message("orders", b"parent again")).status is SendStatus.SEND_OK
+
+
+@pytest.mark.crash
+def test_a_stopped_holder_of_the_append_lock_is_killed_if_the_broker_is_told_so(directory: Path) -> None:
+    with open_small(directory, stopped_lock_holder="kill", send_timeout=10.0) as broker:
+        send(broker, b"first")
+        wait_for_workers(directory)
+        with Child(SENDER, directory, {}, environment={"SHMBROKER_FAILPOINTS": "client/append.copied=stop"}) as child:
+            assert child.read_line() == "open"
+            child.write_line("never published")
+            assert child.wait() == -signal.SIGKILL
+        assert body_at(broker, send(broker, b"second")) == b"second"
