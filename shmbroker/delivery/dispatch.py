@@ -82,7 +82,9 @@ class Source:
         start = position & (self._region.ring_bytes - 1)
         data = self._view[start : start + size]
         found = Scan(*dispatch_scan(data, position, epoch, self._region.segment_bytes, PASS_RECORDS))
-        return found if self._in_ring(position) else None  # overwritten while it was read
+        if found.why == "invalid" or not self._in_ring(position):
+            return None  # overwritten while it was read, or older than this memory, which began at a recovered log's end
+        return found
 
     def _in_ring(self, position: int) -> bool:
         return self._region.get("write_limit") - position <= self._region.ring_bytes
