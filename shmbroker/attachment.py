@@ -83,17 +83,22 @@ def _attach(paths: BrokerPaths, wanted: Config) -> Attachment | None:
         return None
     region, descriptor = found
     supervisor = process.open_pidfd(region.get("supervisor_pid"), region.get("supervisor_start_ticks"))
-    if supervisor is None or region.get("state") != memory.STATE_RUNNING:
-        _close_fd(supervisor)
+    if supervisor is None:
         return None
-    _refuse_conflict(wanted, descriptor)
-    client = Client(region, Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python")
-    # Registered first, looked at again after: the supervisor refuses senders first and counts clients after that.
-    if region.get("state") != memory.STATE_RUNNING:
-        client.close()
-        _close_fd(supervisor)
+    try:
+        if region.get("state") == memory.STATE_RUNNING:
+            _refuse_conflict(wanted, descriptor)
+            client = Client(region, Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python")
+            # Registered first, looked at again after; the supervisor refuses senders first and counts clients after.
+            if region.get("state") == memory.STATE_RUNNING:
+                attached = Attachment(region, descriptor, client, supervisor)
+                supervisor = None
+                return attached
+            client.close()
         return None
-    return Attachment(region, descriptor, client, supervisor)
+    finally:
+        if supervisor is not None:
+            os.close(supervisor)
 
 
 def _refuse_conflict(wanted: Config, descriptor: Descriptor) -> None:
@@ -191,7 +196,8 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         child.wait()  # it has forked the supervisor and left
     finally:
         os.close(read_fd)
-        _close_fd(write_fd if write_fd >= 0 else None)
+        if write_fd >= 0:
+            os.close(write_fd)
     if "error" in outcome:
         _raise_reported(outcome)
 
@@ -210,7 +216,7 @@ def _read_report(fd: int, deadline: float) -> dict[str, Any]:
 
 
 def _parse_report(text: str) -> dict[str, Any]:
-    """The last line is the report, unless the supervisor could not even begin: then it is an interpreter's complaint."""
+    """The last line is the report; if the supervisor could not even begin, it is an interpreter's complaint."""
     last = (text.splitlines() or ["the supervisor died"])[-1]
     try:
         return dict(json.loads(last))
@@ -227,8 +233,3 @@ def _raise_reported(outcome: Mapping[str, Any]) -> None:
     if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
         raise kind(message)
     raise NotReady(f"the supervisor failed: {name}: {message}")
-
-
-def _close_fd(fd: int | None) -> None:
-    if fd is not None:
-        os.close(fd)

@@ -56,7 +56,7 @@ class LayoutConfig:
     """Sizes of the shared memory and of the segments; fixed at creation."""
 
     ring_bytes: int = _key(
-        32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 64 * GIB, power_of_two=True
+        32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 16 * GIB, power_of_two=True
     )
     segment_bytes: int = _key(
         64 * MIB,
@@ -117,7 +117,7 @@ class RuntimeConfig:
         choices=("auto", "append", "flush", "replicate"),
     )
     flush_interval_ms: int = _key(500, "ASYNC_FLUSH: the disk is at most so far behind", 1, 3_600_000)
-    flush_least_bytes: int = _key(16 * KIB, "ASYNC_FLUSH: less than this waits for the interval", 0, 64 * GIB)
+    flush_least_bytes: int = _key(16 * KIB, "ASYNC_FLUSH: less than this waits for the interval", 0, 16 * GIB)
     worker_tick_ms: int = _key(5, "pause of a busy worker between two looks at the ring", 1, 1000)
     disk_full_watermark: float = _key(0.95, "used share of the file system from which sends are refused", 0.1, 1.0)
     segments_ahead: int = _key(1, "zero-filled segments kept ready", 1, 64)

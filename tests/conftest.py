@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import SMALL, kill_all, processes_of
+from support.waiting import wait_until
 
 import shmbroker
 from shmbroker._native._core import Region
 from shmbroker.broker import Broker
-from support.processes import SMALL, kill_all, processes_of
-from support.waiting import wait_until
 
 SHM = Path("/dev/shm")
 
@@ -45,9 +44,13 @@ def broker(directory: Path) -> Iterator[Broker]:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_left_open() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = _open_descriptors()
     yield
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "file descriptors closed", deadline=5.0)
+    wait_until(lambda: _open_descriptors() <= before, "file descriptors closed", deadline=5.0)
+
+
+def _open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def objects_of(directory: Path) -> list[str]:

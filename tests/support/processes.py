@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Final, Self
 
 import psutil
+from support.waiting import DEADLINE, wait_until
 
 from shmbroker import memory, process
 from shmbroker.naming import BrokerPaths
-from support.waiting import DEADLINE, wait_until
 
 # Small tables, so that many brokers fit beside each other and starts are quick.
 SMALL: Final[dict[str, object]] = {
@@ -121,11 +121,11 @@ def wait_for_workers(directory: Path) -> dict[str, int]:
 
 def processes_of(directory: Path) -> list[psutil.Process]:
     """Every process whose command line names the directory."""
-    mine = []
-    for candidate in psutil.process_iter(["cmdline"]):
-        if str(directory) in (candidate.info["cmdline"] or []) and candidate.pid != os.getpid():
-            mine.append(candidate)
-    return mine
+    return [
+        candidate
+        for candidate in psutil.process_iter(["cmdline"])
+        if str(directory) in (candidate.info["cmdline"] or []) and candidate.pid != os.getpid()
+    ]
 
 
 def kill_all(directory: Path) -> None:
