@@ -6,6 +6,8 @@ The data path itself is ``_native/producer.pxi`` (fill, append, wait) and ``_nat
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -44,7 +46,7 @@ class ProducerHome(Protocol):
 
 
 class Producer(ProducerCore):
-    """Sends messages to topics. Thread-safe; after a fork, ask the broker for a new one.
+    """Sends messages to topics. Thread-safe; in a forked child it attaches anew with its first send (R25).
 
     ``send`` answers with a ``SendResult`` once the message is as durable as the broker's ``flush_disk_type`` promises, or
     raises with nothing stored. ``group`` is the producer group: a name for people, and who is asked about transactions.
@@ -60,6 +62,8 @@ class Producer(ProducerCore):
         )
         self._home = home
         self._completion: Completion | None = None
+        self._completion_pid = 0  # its thread does not live on in a fork
+        self._completion_lock = threading.Lock()
         self._closed = False
 
     # ---- called by the native core for what is not the common case
@@ -99,6 +103,9 @@ class Producer(ProducerCore):
         digest = hashlib.blake2b(message.topic.encode() + b"\0" + key, digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
+    def _attach_again(self) -> Client:
+        return self._home.attach()
+
     def _read_log(self, position: int) -> bytes:
         return self._home.read_log(position)
 
@@ -136,25 +143,25 @@ class Producer(ProducerCore):
 
         Waits only for room in the ring. Bad input raises here; what happens later reaches ``on_exception``.
         """
-        completion = self._completion
-        if completion is None:
-            completion = self._completion = Completion(self._settle)
-        with completion.order:
-            try:
-                result = self._store_only(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
-            except BadRequest:
-                raise
-            except Exception as error:  # whatever kept it from being stored belongs to the callback
-                completion.failed(callback, error)
-            else:
-                completion.stored(callback, result, message.wait_store_ok)
+        self._completion_of_this_process().send(
+            lambda: self._store_only(message, timeout, selector, argument, sharding_key, queue_id, dedup_key),
+            callback,
+            self.sync_flush_timeout_ns if message.wait_store_ok else 0,
+        )
+
+    def _completion_of_this_process(self) -> Completion:
+        with self._completion_lock:
+            if self._completion is None or self._completion_pid != os.getpid():
+                self._completion = Completion(self._settle)
+                self._completion_pid = os.getpid()
+            return self._completion
 
     # ---- life
 
     def close(self) -> None:
         """Wait for the callbacks of what was sent, then refuse further sends. The broker goes on."""
         self._closed = True
-        if self._completion is not None:
+        if self._completion is not None and self._completion_pid == os.getpid():
             self._completion.close()
         self._shut()
 

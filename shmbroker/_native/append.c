@@ -41,6 +41,30 @@ static int lock_append(sb_region *r, int64_t deadline_ns)
         sb_undo_repair(r); /* killed in here again: still EOWNERDEAD for the next, and the repair is idempotent */
         sb_add(&sb_marks(r)->lock_takeovers, 1);
         code = sb_mutex_consistent(mutex);
+        if (code != SB_OK) {
+            sb_mutex_unlock(mutex);
+        }
+    }
+    return code;
+}
+
+int sb_append_settle(sb_region *r, int64_t deadline_ns)
+{
+    int code = lock_append(r, deadline_ns);
+    if (code == SB_OK) {
+        sb_mutex_unlock(&r->control->locks.append);
+    }
+    return code;
+}
+
+int sb_append_read_offsets(sb_region *r, int64_t deadline_ns, uint64_t *next)
+{
+    int code = lock_append(r, deadline_ns);
+    if (code == SB_OK) {
+        for (uint32_t i = 0; i < r->limits.queues; i++) {
+            next[i] = sb_peek(&sb_queue_at(r, i)->next_offset);
+        }
+        sb_mutex_unlock(&r->control->locks.append);
     }
     return code;
 }
@@ -79,19 +103,31 @@ static int may_append(sb_region *r, uint32_t options)
     return state == SB_STATE_RUNNING || (system && state != SB_STATE_STOPPED) ? SB_OK : SB_NOT_RUNNING;
 }
 
-static int make_plan(sb_region *r, const sb_item *items, uint32_t count, uint32_t options, plan *p, uint64_t *needed)
+static uint64_t item_bytes(const sb_item *item)
+{
+    return sb_padded((uint64_t)SB_RECORD_HEADER + item->tags_bytes + item->keys_bytes + item->properties_bytes + item->body_bytes);
+}
+
+/* A route may be older than the deletion of its topic; the slot may have another owner by now. */
+static int queues_stand(const sb_region *r, const sb_item *items, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t slot = items[i].queue_slot;
+        if (slot == SB_NIL || (i && slot == items[i - 1].queue_slot)) {
+            continue;
+        }
+        if (slot >= r->limits.queues || sb_load(&sb_queue_at(r, slot)->state) != SB_SLOT_LIVE ||
+            sb_queue_at(r, slot)->topic_id != items[i].topic_id || sb_queue_at(r, slot)->topic_slot >= r->limits.topics) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static int make_plan(sb_region *r, uint32_t options, plan *p, uint64_t *needed)
 {
     sb_watermarks *m = sb_marks(r);
     const uint64_t segment = r->segment_bytes;
-    p->total = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        p->total += sb_padded((uint64_t)SB_RECORD_HEADER + items[i].tags_bytes + items[i].keys_bytes +
-                              items[i].properties_bytes + items[i].body_bytes);
-    }
-    uint64_t least = segment < r->ring_bytes ? segment : r->ring_bytes;
-    if (count > SB_GROUP_RECORDS_MAX || p->total > least / 4) {
-        return SB_TOO_LARGE;
-    }
     p->tail = sb_load(&m->tail);
     uint64_t room = segment - p->tail % segment;
     p->filler = p->total > room ? room : 0; /* a group never crosses a segment's end (R18) */
@@ -170,6 +206,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
         write_filler(r, p, flushed);
     }
     sb_queue *q = NULL;
+    sb_word *last = NULL;
     uint64_t next = 0, bytes = 0;
     int code = SB_OK;
     for (uint32_t i = 0; i < count && code == SB_OK; i++) {
@@ -183,6 +220,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
                     code = code == SB_OK ? sb_undo_store(r, &q->bytes, bytes) : code;
                 }
                 q = own;
+                last = &sb_topic_at(r, q->topic_slot)->last_position;
                 next = sb_peek(&q->next_offset);
                 bytes = sb_peek(&q->bytes);
             }
@@ -190,6 +228,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             if (code == SB_OK) {
                 code = sb_index_add(r, q, ((uint64_t)(item->queue_slot + 1) << 32) | q->topic_id, next, position, needed);
             }
+            sb_store(last, position); /* a hint for the flusher's wake-ups: before tail, or it might miss them */
             next++;
             bytes += item->body_bytes;
         }
@@ -198,7 +237,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
         }
         uint8_t group = count == 1 ? 0 : (uint8_t)(SB_FLAG_GROUP | (i + 1 == count ? SB_FLAG_GROUP_LAST : 0));
         write_record(r, item, flushed, count > 1 && i == 0 ? p->total : 0, group);
-        position += sb_padded((uint64_t)SB_RECORD_HEADER + item->tags_bytes + item->keys_bytes + item->properties_bytes + item->body_bytes);
+        position += item_bytes(item);
         if (i == count / 2) {
             SB_FAILPOINT(append_half_copied);
         }
@@ -212,22 +251,21 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
     return code;
 }
 
+/* Claims are marked MOVING; plain words are only compared here and stored behind `tail`: nobody sees them before. */
 static int begin_effects(sb_region *r, const sb_effect *effects, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
         const sb_effect *e = &effects[i];
+        uint64_t seen = e->expected;
+        if (!e->claim && sb_load(e->word) != seen) {
+            return SB_LOST;
+        }
         int code = sb_undo_note(r, e->word, e->expected, e->desired, e->claim);
         if (code != SB_OK) {
             return code;
         }
-        uint64_t seen = e->expected;
-        if (!e->claim) {
-            if (sb_load(e->word) != seen) {
-                sb_store(&r->control->undo.count, i); /* not ours to put back */
-                return SB_LOST;
-            }
-        } else if (!sb_cas(e->word, &seen, sb_claim_moving_form(e->expected))) {
-            sb_store(&r->control->undo.count, i);
+        if (e->claim && !sb_cas(e->word, &seen, sb_claim_moving_form(e->expected))) {
+            sb_store(&r->control->undo.count, i); /* not ours to put back */
             return SB_LOST;
         }
     }
@@ -239,18 +277,27 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
 {
     sb_watermarks *m = sb_marks(r);
     sb_undo *u = &r->control->undo;
-    plan p;
+    plan p = {.total = 0};
+    for (uint32_t i = 0; i < count; i++) {
+        p.total += item_bytes(&items[i]);
+    }
+    if (count == 0 || count > SB_GROUP_RECORDS_MAX || p.total > (r->segment_bytes < r->ring_bytes ? r->segment_bytes : r->ring_bytes) / 4) {
+        return SB_TOO_LARGE;
+    }
     int code = lock_append(r, deadline_ns);
     if (code != SB_OK) {
         return code;
     }
     SB_FAILPOINT(append_locked);
     code = may_append(r, options);
+    if (code == SB_OK && !queues_stand(r, items, count)) {
+        code = SB_GONE;
+    }
     if (code == SB_OK && (options & (SB_APPEND_RESEND | SB_APPEND_DEDUP))) {
         code = sb_id_find(r, client, &items[0], sb_load(&m->tail));
     }
     if (code == SB_OK) {
-        code = make_plan(r, items, count, options, &p, needed);
+        code = make_plan(r, options, &p, needed);
     }
     if (code != SB_OK) {
         sb_mutex_unlock(&r->control->locks.append);
@@ -301,12 +348,8 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
             continue;
         }
         last = sb_queue_at(r, items[i].queue_slot)->topic_slot;
-        if (last < r->limits.topics) {
-            sb_topic *t = sb_topic_at(r, last);
-            sb_raise(&t->last_position, items[i].position);
-            if (sb_peek(&m->visible_after) == SB_VISIBLE_APPEND) {
-                (void)sb_wake_topic(r, last);
-            }
+        if (sb_peek(&m->visible_after) == SB_VISIBLE_APPEND) {
+            (void)sb_wake_topic(r, last);
         }
     }
 }

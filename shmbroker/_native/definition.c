@@ -46,7 +46,17 @@ static int apply(sb_region *r, change *c, uint8_t kind, const char *body, int re
 int sb_definition_lock(sb_region *r, int64_t deadline_ns)
 {
     int code = sb_mutex_lock(&r->control->locks.definition, deadline_ns);
-    return code == SB_OWNER_DEAD ? sb_mutex_consistent(&r->control->locks.definition) : code; /* nothing half-made is LIVE */
+    if (code != SB_OWNER_DEAD) {
+        return code;
+    }
+    /* The dead definer may have died inside its append: that is brought to an end before anybody looks at the tables. */
+    code = sb_append_settle(r, deadline_ns);
+    if (code == SB_OK) {
+        return sb_mutex_consistent(&r->control->locks.definition);
+    }
+    (void)sb_mutex_consistent(&r->control->locks.definition);
+    sb_mutex_unlock(&r->control->locks.definition);
+    return code;
 }
 
 void sb_definition_unlock(sb_region *r) { sb_mutex_unlock(&r->control->locks.definition); }
@@ -193,7 +203,6 @@ static int define_topic_locked(sb_region *r, const char *name, uint32_t queues, 
         sb_store(&t->queue_count, 0);
         sb_store(&t->permission, 0);
         sb_store(&t->last_position, 0);
-        change_word(&c, &t->state, SB_SLOT_LIVE);
         if (topic_id >= next) {
             change_word(&c, &sb_marks(r)->next_topic_id, (uint64_t)topic_id + 1);
         }
@@ -204,6 +213,7 @@ static int define_topic_locked(sb_region *r, const char *name, uint32_t queues, 
     }
     change_word(&c, &t->queue_count, queues);
     change_word(&c, &t->permission, permission);
+    change_word(&c, &t->state, SB_SLOT_LIVE); /* behind all that a sender reads once it is LIVE */
     (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"topic_id\":%u,\"queues\":%u,\"permission\":%u}", name,
                    topic_id, queues, permission);
     return apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
@@ -223,7 +233,7 @@ int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t pe
     return code;
 }
 
-/* The claims of what is deleted go with it; receipts that are still out are refused. */
+/* The claims of what is deleted go with it; receipts that are still out are refused. Killed before: the janitor does it. */
 static void free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
 {
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {

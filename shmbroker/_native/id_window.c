@@ -33,7 +33,7 @@ int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail
 {
     sb_id *oldest;
     const sb_id *known = find_id(r, item->incarnation, item->sequence, &oldest);
-    if (known) {
+    if (known && sb_peek(&known->position) >= sb_load(&sb_marks(r)->kept)) { /* the window reaches as far as the log */
         item->position = sb_peek(&known->position);
         return SB_DUPLICATE;
     }
@@ -83,7 +83,7 @@ void sb_id_note_client(sb_region *r, uint32_t client, const sb_item *items, uint
         return;
     }
     sb_client *c = sb_client_at(r, client);
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count && items[i].incarnation == sb_peek(&c->incarnation); i++) {
         sb_store(&c->window[items[i].sequence % SB_ID_WINDOW], items[i].position);
         sb_store(&c->window_sequence[items[i].sequence % SB_ID_WINDOW], items[i].sequence);
     }

@@ -61,7 +61,7 @@ static int pop_full(sb_region *r, uint64_t *block, uint64_t *needed)
 }
 
 /* A block for `offset` at the end of the queue's chain. */
-static int extend_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t *needed)
+static int extend_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t position, uint64_t *needed)
 {
     uint64_t block, old = sb_peek(&q->newest_block);
     int code = pop_full(r, &block, needed);
@@ -74,6 +74,10 @@ static int extend_index(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offs
     code = code == SB_OK ? sb_undo_store(r, &b->owner, owner) : code;
     int chained = 0;
     if (code == SB_OK && old < r->limits.blocks && old != block) {
+        sb_word *last = &sb_block_at(r, (uint32_t)old)->last_position;
+        if (sb_peek(last) > position) {
+            sb_store(last, position); /* left by an append that did not come true: nobody would ever pass it */
+        }
         code = push_full(r, old);
         if (code == SB_OK && sb_peek(&sb_block_at(r, (uint32_t)old)->owner) == owner) {
             chained = 1;
@@ -94,7 +98,7 @@ int sb_index_add(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uin
     uint64_t newest = sb_peek(&q->newest_block);
     sb_block *b = newest < r->limits.blocks ? sb_block_at(r, (uint32_t)newest) : NULL;
     if (!b || sb_peek(&b->owner) != owner || offset - sb_peek(&b->first) >= SB_BLOCK_ENTRIES) {
-        int code = extend_index(r, q, owner, offset, needed);
+        int code = extend_index(r, q, owner, offset, position, needed);
         if (code != SB_OK) {
             return code;
         }

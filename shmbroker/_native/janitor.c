@@ -35,7 +35,10 @@ int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t in
         }
         memset(c->name, 0, sizeof c->name);
         strncpy(c->name, name, sizeof c->name - 1);
-        sb_store(&c->state, client_word(pid, next, SB_CLIENT_LIVE)); /* killed before: JOINING with its pid, reaped */
+        word = client_word(pid, next, SB_CLIENT_JOINING);
+        if (!sb_cas(&c->state, &word, client_word(pid, next, SB_CLIENT_LIVE))) { /* killed before: JOINING with its pid, reaped */
+            continue;
+        }
         *slot = i;
         *generation = next;
         return SB_OK;
@@ -63,7 +66,9 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
     if (sb_client_generation_of(word) != generation || sb_client_state_of(word) == SB_CLIENT_FREE) {
         return SB_GONE;
     }
-    sb_store(&c->state, client_word(pid, generation, SB_CLIENT_DEAD));
+    if (!sb_cas(&c->state, &word, client_word(pid, generation, SB_CLIENT_DEAD))) {
+        return SB_GONE; /* somebody else reaps it */
+    }
     (void)sb_append_lock_check(r);
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
@@ -78,7 +83,8 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
         }
     }
     (void)sb_waiter_reap(r, slot);
-    sb_store(&c->state, client_word(0, generation, SB_CLIENT_FREE));
+    word = client_word(pid, generation, SB_CLIENT_DEAD);
+    (void)sb_cas(&c->state, &word, client_word(0, generation, SB_CLIENT_FREE));
     return SB_OK;
 }
 
@@ -92,10 +98,17 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *
         if (sb_load(&claims->state) != SB_SLOT_LIVE || claims->queue_slot >= r->limits.queues) {
             continue;
         }
+        const sb_queue *q = sb_queue_at(r, claims->queue_slot);
+        if (sb_load(&q->state) != SB_SLOT_LIVE || q->topic_id != claims->topic_id || claims->group_slot >= r->limits.groups ||
+            sb_load(&sb_group_at(r, claims->group_slot)->state) != SB_SLOT_LIVE ||
+            sb_group_at(r, claims->group_slot)->group_id != claims->group_id) {
+            sb_store(&claims->state, SB_SLOT_FREE); /* who deleted its topic or group died before it came to this */
+            continue;
+        }
         uint32_t next = SB_NIL;
         *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), &next);
         *next_ms = next < *next_ms ? next : *next_ms;
-        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
+        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&q->next_offset)) {
             wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
         }
     }

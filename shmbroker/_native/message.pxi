@@ -25,6 +25,8 @@ cdef class Message:
     cdef bytes encoded_properties
 
     def __init__(self, str topic not None, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True):
+        if self.topic is not None:
+            raise TypeError("a Message is immutable")  # a send may be reading it without the GIL
         self.topic = topic
         self.body = <bytes>body if type(body) is bytes else _rules.check_body(body)
         self.tags = "" if tags is None else _rules.check_tags(tags)

@@ -28,18 +28,18 @@ cdef class TopicRoute:
 cdef TopicRoute find_route(sb_region *r, str topic):
     """None if there is no such topic."""
     cdef uint32_t slot = 0
-    cdef uint64_t generation = sb_load(&sb_marks(r).topic_generation)
     cdef bytes name = topic.encode()
-    cdef TopicRoute route
-    if sb_topic_find(r, name, &slot) != SB_OK:
-        return None
-    route = TopicRoute.__new__(TopicRoute)
+    cdef TopicRoute route = TopicRoute.__new__(TopicRoute)
     route.name = topic
-    route.topic_id = sb_topic_at(r, slot).topic_id
-    route.permission = <uint32_t>sb_load(&sb_topic_at(r, slot).permission)
-    route.count = sb_topic_queues(r, slot, route.slots, SB_QUEUES_PER_TOPIC_MAX)
-    route.generation = generation
-    return route if route.count else None
+    while True:  # definitions hardly ever move while they are copied
+        route.generation = sb_load(&sb_marks(r).topic_generation)
+        if sb_topic_find(r, name, &slot) != SB_OK:
+            return None
+        route.topic_id = sb_topic_at(r, slot).topic_id
+        route.permission = <uint32_t>sb_load(&sb_topic_at(r, slot).permission)
+        route.count = sb_topic_queues(r, slot, route.slots, SB_QUEUES_PER_TOPIC_MAX)
+        if route.generation == sb_load(&sb_marks(r).topic_generation):
+            return route if route.count else None
 
 
 cdef class ProducerCore:
@@ -68,17 +68,21 @@ cdef class ProducerCore:
         free(self.batch_items)
 
     def _rebind(self, Client client not None):
-        """Go on with another attachment: the broker was restarted."""
+        """Go on with another attachment: the broker was restarted, or this process was forked."""
         self.client = client
         self.routes.clear()
 
     def _shut(self):
         self.shut = True
 
-    cdef sb_region *ready(self) except NULL:
+    cdef Client ready(self):
+        """The attachment that this call uses to its end, whatever other threads do to self.client."""
         if self.shut:
             raise _errors.BrokerClosed("this producer was closed")
-        return self.client.check()
+        if self.client.fork_generation != sb_fork_generation:
+            self._rebind(self._attach_again())
+        self.client.check()
+        return self.client
 
     # -- for the subclass
 
@@ -91,6 +95,10 @@ cdef class ProducerCore:
 
     def _dedup_id(self, Message message, dedup_key):
         raise NotImplementedError
+
+    def _attach_again(self):
+        """The Client of this process, which is a fork of the one that made the producer."""
+        raise _errors.ForkedHandleError("this producer was made before a fork")
 
     def _send_again(self, send, timeout):
         """The broker has stopped, nothing was stored: send(timeout) once it is back, or raise BrokerClosed."""
@@ -115,8 +123,9 @@ cdef class ProducerCore:
 
     # -- filling
 
-    cdef int fill(self, sb_region *r, sb_item *item, Message message, int64_t born_ns) except -1:
+    cdef int fill(self, Client client, sb_item *item, Message message, int64_t born_ns) except -1:
         """Parts and CRC of one message: everything that needs no lock (R12)."""
+        cdef sb_region *r = &client.region.r
         cdef Py_ssize_t length = 0
         cdef uint32_t crc = 0
         memset(item, 0, sizeof(sb_item))
@@ -145,27 +154,30 @@ cdef class ProducerCore:
         if not message.wait_store_ok:
             item.flags = SB_FLAG_WAIT_STORE_NOT_OK
         item.born_ns = born_ns
-        item.incarnation = self.client.incarnation
+        item.incarnation = client.incarnation
         return 0
 
-    cdef int append(self, sb_region *r, sb_item *items, uint32_t count, uint32_t options, int64_t deadline_ns,
+    cdef int append(self, Client client, sb_item *items, uint32_t count, uint32_t options, int64_t deadline_ns,
                     uint64_t *end) except -100:
-        """SB_OK or SB_DUPLICATE; raises for the rest, with nothing stored. Wakes who sleeps for it."""
-        cdef uint64_t needed = 0
-        cdef uint32_t waiter = SB_NIL
-        cdef Client client = self.client
-        cdef uint32_t slot = client.slot
+        """SB_OK, SB_DUPLICATE or SB_GONE (the route is old); raises for the rest, with nothing stored. Wakes who sleeps for it."""
+        cdef sb_region *r = &client.region.r
+        cdef uint64_t needed = 0, bytes_in_all = 0
+        cdef uint32_t slot = client.slot, waiter, i
         cdef int code
-        if items[0].body_bytes < LARGE_BYTES:
+        for i in range(count):
+            bytes_in_all += items[i].body_bytes
+        if bytes_in_all < LARGE_BYTES:
             code = sb_append(r, slot, items, count, NULL, 0, options, 0, end, &needed)
         else:
+            client.enter()
             with nogil:
                 code = sb_append(r, slot, items, count, NULL, 0, options, 0, end, &needed)
+            client.exit()
         if code == SB_LOCKED or code == SB_NO_SPACE or code == SB_NO_INDEX or code == SB_NO_CAPACITY:
             if deadline_ns == 0:
                 deadline_ns = sb_now_ns() + self.send_timeout_ns
-            if client.waiters:
-                waiter = <uint32_t>client.waiters.pop()
+            waiter = client.take_waiter()
+            client.enter()
             try:
                 code = SB_INTERRUPTED
                 while code == SB_INTERRUPTED:
@@ -175,76 +187,86 @@ cdef class ProducerCore:
                         check_signals()
             finally:
                 client.give_waiter(waiter)
+                client.exit()
         if code == SB_OK:
             sb_append_wake(r, items, count)
             sb_add(&sb_client_at(r, slot).sends, count)
             if sb_load(&sb_marks(r).fenced):  # SYNC: fenced (R13)
                 raise code_error(r, SB_FENCED, "sending")
-        elif code != SB_DUPLICATE:
+        elif code != SB_DUPLICATE and code != SB_GONE:
             raise code_error(r, code, "sending")
         return code
 
-    cdef object durability(self, sb_region *r, uint64_t end):
-        """The status of an append that ends at ``end``: table 1.2 of the master's own disk. A failed disk is a timeout
-        that comes at once: the message stands in memory, its durability is unproven."""
+    cdef object durability(self, Client client, uint64_t end, int64_t deadline_ns):
+        """The status of an append that ends at ``end``: table 1.2 of the master's own disk. It stands in memory whatever
+        comes now, so nothing that happens here is an error: a failed disk, a stopped broker are a timeout that comes at once."""
         cdef int code
-        if not sb_load(&sb_marks(r).sync_flush):
+        if not sb_load(&sb_marks(&client.region.r).sync_flush):
             return SEND_OK
-        code = self.client.wait_position(SB_WAIT_FLUSH, end, sb_now_ns() + self.sync_flush_timeout_ns)
-        if code == SB_OK:
-            return SEND_OK
+        code = client.wait_position(SB_WAIT_FLUSH, end, deadline_ns)
         if code == SB_FENCED:
-            raise code_error(r, code, "sending")
-        return FLUSH_DISK_TIMEOUT
+            raise code_error(&client.region.r, code, "sending")
+        return SEND_OK if code == SB_OK else FLUSH_DISK_TIMEOUT
 
     # -- sending
 
-    cdef SendResult store(self, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
-        """Append; the status is still open."""
-        cdef sb_region *r = self.ready()
-        cdef TopicRoute route = self.route(r, message.topic)
-        cdef sb_item item
-        cdef SendResult result
-        cdef uint32_t queue, options = 0
-        cdef uint64_t end = 0
-        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
-        cdef int code
-        self.fill(r, &item, message, sb_realtime_ns())
+    cdef uint32_t queue_for(self, TopicRoute route, Message message, selector, argument, sharding_key, queue_id) except? 0xffffffff:
+        cdef uint32_t queue
         if selector is None and sharding_key is None and queue_id is None:
             queue = self.next_queue % route.count
             self.next_queue += 1
+            return queue
+        chosen = self._choose_queue(message, route.count, selector, argument, sharding_key, queue_id)
+        if not isinstance(chosen, int) or not 0 <= chosen < route.count:
+            raise _errors.QueueNotExist(f"topic {message.topic!r} has queues 0 to {route.count - 1}, not {chosen!r}")
+        return chosen
+
+    cdef SendResult store(self, SendResult result, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        """Append; the status is still open. ``result`` carries the id from try to try, so that no try can make a second copy."""
+        cdef Client client = self.ready()
+        cdef sb_region *r = &client.region.r
+        cdef TopicRoute route
+        cdef sb_item item
+        cdef uint32_t queue, options = 0
+        cdef uint64_t end = 0
+        cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
+        cdef int code = SB_GONE
+        self.fill(client, &item, message, sb_realtime_ns())
+        if result.client is not None:
+            options = SB_APPEND_RESEND
+        elif dedup_key is None:
+            client.sequence += 1
+            result.incarnation = client.incarnation
+            result.sequence = client.sequence
         else:
-            queue = self._choose_queue(message, route.count, selector, argument, sharding_key, queue_id)
-            if queue >= route.count:
-                raise _errors.QueueNotExist(f"topic {message.topic!r} has queues 0 to {route.count - 1}, not {queue}")
-        if dedup_key is None:
-            self.client.sequence += 1
-            item.sequence = self.client.sequence
-        else:
-            item.incarnation, item.sequence = self._dedup_id(message, dedup_key)
+            result.incarnation, result.sequence = self._dedup_id(message, dedup_key)
+        if dedup_key is not None:
             item.flags |= SB_FLAG_DEDUP
-            options = SB_APPEND_DEDUP
-        item.topic_id = route.topic_id
-        item.queue_id = <uint16_t>queue
-        item.queue_slot = route.slots[queue]
-        code = self.append(r, &item, 1, options, deadline, &end)
-        result = SendResult.__new__(SendResult)
+            options |= SB_APPEND_DEDUP
+        result.client = client
+        item.incarnation = result.incarnation
+        item.sequence = result.sequence
+        while code == SB_GONE:
+            route = self.route(r, message.topic)
+            queue = self.queue_for(route, message, selector, argument, sharding_key, queue_id)
+            client.check()  # what ran since may have closed it
+            item.topic_id = route.topic_id
+            item.queue_id = <uint16_t>queue
+            item.queue_slot = route.slots[queue]
+            code = self.append(client, &item, 1, options, deadline, &end)
         result.status = SEND_OK
         result.topic = message.topic
         result.queue_id = queue
         result.queue_offset = item.queue_offset
         result.position = item.position
         result.end_position = end
-        result.incarnation = item.incarnation
-        result.sequence = item.sequence
-        result.client = self.client
         if code == SB_DUPLICATE:
             self._earlier(result)
         return result
 
     def _earlier(self, SendResult result):
         """Fill in the place of the earlier send with this id: from the ring, else from the log."""
-        raw = self.client.region.read_raw(result.position)
+        raw = result.client.region.read_raw(result.position)
         if raw is None:
             raw = self._read_log(result.position)
         record = decode_record(raw, result.position)
@@ -256,34 +278,34 @@ cdef class ProducerCore:
     def _read_log(self, uint64_t position):
         raise NotImplementedError
 
-    cdef SendResult send_once(self, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
-        cdef SendResult result = self.store(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+    cdef SendResult send_once(self, SendResult result, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        self.store(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
         if message.wait_store_ok:
-            result.status = self.durability(&self.client.region.r, result.end_position)
+            result.status = self.durability(result.client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
         return result
 
     def send(self, Message message not None, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None,
              dedup_key=None):
+        cdef SendResult result = SendResult.__new__(SendResult)
         try:
-            return self.send_once(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
-        except _errors.BrokerClosed:
-            return self._resend(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+            return self.send_once(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        except _errors.BrokerClosed:  # raised by store alone: nothing is stored
+            return self._resend(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
 
-    def _resend(self, message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+    def _resend(self, SendResult result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
         """Apart from send, whose every call would else pay for the closure."""
         return self._send_again(
-            lambda left: self.send_once(message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
+            lambda left: self.send_once(result, message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
     def send_oneway(self, Message message not None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
-        self.store(message, None, selector, argument, sharding_key, queue_id, None)
+        self.store(SendResult.__new__(SendResult), message, None, selector, argument, sharding_key, queue_id, None)
 
     def _store_only(self, Message message not None, timeout, selector, argument, sharding_key, queue_id, dedup_key):
-        return self.store(message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        return self.store(SendResult.__new__(SendResult), message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
 
-    def _settle(self, SendResult result not None, bint wait_store_ok):
-        """The status of a stored send, waited for."""
-        if wait_store_ok:
-            result.status = self.durability(self.client.check(), result.end_position)
+    def _settle(self, SendResult result not None, int64_t deadline_ns):
+        """The status of a stored send, waited for until ``deadline_ns`` of CLOCK_MONOTONIC."""
+        result.status = self.durability(result.client, result.end_position, deadline_ns)
         return result
 
     def send_batch(self, messages, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
@@ -298,35 +320,27 @@ cdef class ProducerCore:
             lambda left: self.send_batch_once(batch, left, selector, argument, sharding_key, queue_id), timeout)
 
     cdef BatchResult send_batch_once(self, list batch, timeout, selector, argument, sharding_key, queue_id):
-        cdef sb_region *r = self.ready()
-        cdef uint32_t count = <uint32_t>min(len(batch), SB_GROUP_RECORDS_MAX + 1), i, queue
+        cdef Client client = self.ready()
+        cdef uint32_t count = <uint32_t>min(len(batch), SB_GROUP_RECORDS_MAX + 1), i
         cdef Message first, message
         cdef TopicRoute route
         cdef sb_item *items
-        cdef BatchResult result
-        cdef uint64_t end = 0
+        cdef BatchResult result = BatchResult.__new__(BatchResult)
         cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout), born_ns = sb_realtime_ns()
+        cdef int code = SB_GONE
         if count == 0:
             raise _errors.MessageIllegal("an empty batch")
         if count > SB_GROUP_RECORDS_MAX:
             raise _errors.MessageTooLarge(f"{len(batch)} messages in one batch, at most {SB_GROUP_RECORDS_MAX}")
         first = <Message?>batch[0]
-        route = self.route(r, first.topic)
-        if selector is None and sharding_key is None and queue_id is None:
-            queue = self.next_queue % route.count
-            self.next_queue += 1
-        else:
-            queue = self._choose_queue(first, route.count, selector, argument, sharding_key, queue_id)
-            if queue >= route.count:
-                raise _errors.QueueNotExist(f"topic {first.topic!r} has queues 0 to {route.count - 1}, not {queue}")
+        result.positions = <uint64_t *>malloc(count * sizeof(uint64_t))
         items = self.batch_items
         self.batch_items = NULL
         if items == NULL:
             items = <sb_item *>malloc(SB_GROUP_RECORDS_MAX * sizeof(sb_item))
-            if items == NULL:
-                raise MemoryError
-        result = BatchResult.__new__(BatchResult)
         try:
+            if items == NULL or result.positions == NULL:
+                raise MemoryError
             for i in range(count):
                 message = <Message?>batch[i]
                 if message.topic is not first.topic and message.topic != first.topic:
@@ -334,16 +348,18 @@ cdef class ProducerCore:
                         f"a batch has one topic: {first.topic!r} and {message.topic!r} were given (RocketMQ's rule)")
                 if message.wait_store_ok != first.wait_store_ok:
                     raise _errors.MessageIllegal("a batch has one wait_store_ok (RocketMQ's rule)")
-                self.fill(r, &items[i], message, born_ns)
-                items[i].topic_id = route.topic_id
-                items[i].queue_id = <uint16_t>queue
-                items[i].queue_slot = route.slots[queue]
-                items[i].sequence = self.client.sequence + 1 + i
-            self.client.sequence += count
-            self.append(r, items, count, 0, deadline, &end)
-            result.positions = <uint64_t *>malloc(count * sizeof(uint64_t))
-            if result.positions == NULL:
-                raise MemoryError
+                self.fill(client, &items[i], message, born_ns)
+                items[i].sequence = client.sequence + 1 + i
+            client.sequence += count
+            while code == SB_GONE:
+                route = self.route(&client.region.r, first.topic)
+                result.queue_id = self.queue_for(route, first, selector, argument, sharding_key, queue_id)
+                client.check()  # what ran since may have closed it
+                for i in range(count):
+                    items[i].topic_id = route.topic_id
+                    items[i].queue_id = <uint16_t>result.queue_id
+                    items[i].queue_slot = route.slots[result.queue_id]
+                code = self.append(client, items, count, 0, deadline, &result.end_position)
             for i in range(count):
                 result.positions[i] = items[i].position
             result.first_offset = items[0].queue_offset
@@ -355,9 +371,9 @@ cdef class ProducerCore:
                 free(items)
         result.count = count
         result.topic = first.topic
-        result.queue_id = queue
-        result.end_position = end
-        result.incarnation = self.client.incarnation
-        result.client = self.client
-        result.status = self.durability(r, end) if first.wait_store_ok else SEND_OK
+        result.incarnation = client.incarnation
+        result.client = client
+        result.status = SEND_OK
+        if first.wait_store_ok:
+            result.status = self.durability(client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
         return result

@@ -39,7 +39,7 @@ uint64_t sb_control_size(sb_limits *l)
         !in_range(l->queues, 1, 1u << 20) || !in_range(l->groups, 1, 65535) || !in_range(l->claim_tables, 1, 1u << 20) ||
         !in_range(l->claim_window, 64, 1u << 20) || (l->claim_window & (l->claim_window - 1)) ||
         !in_range(l->overflow_claims, 1, 1u << 20) || !in_range(l->ids, 64, 1u << 24) || (l->ids & (l->ids - 1)) ||
-        !in_range(l->blocks, 2, 1u << 26)) {
+        !in_range(l->blocks, l->queues + 1, 1u << 26)) {
         return 0;
     }
     uint64_t at = round_up(sizeof(sb_control), SB_LINE);
@@ -93,7 +93,7 @@ int sb_region_map(sb_region *r, int control_fd, int ring_fd, int create)
     r->control_bytes = (uint64_t)control_stat.st_size;
     r->ring_bytes = (uint64_t)ring_stat.st_size;
     r->ring_mask = r->ring_bytes - 1;
-    if (r->control_bytes < sizeof(sb_control) || r->ring_bytes < 65536 || (r->ring_bytes & r->ring_mask)) {
+    if (r->control_bytes < sizeof(sb_control) || r->ring_bytes < 65536 || r->ring_bytes > 1ull << 31 /* record.unflushed has 32 bits */ || (r->ring_bytes & r->ring_mask)) {
         return SB_INVALID;
     }
     r->base = mmap(NULL, r->control_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, control_fd, 0);
@@ -142,8 +142,8 @@ int sb_region_check(sb_region *r)
         given.reserve_bytes >= r->ring_bytes / 2 || (uint64_t)given.max_message_bytes * 4 > r->ring_bytes) {
         return SB_INVALID;
     }
-    uint64_t tail = sb_load(&r->control->marks.tail), flushed = sb_load(&r->control->marks.flushed);
-    if (flushed > tail || tail - flushed > r->ring_bytes || tail % SB_RECORD_ALIGN) {
+    uint64_t flushed = sb_load(&r->control->marks.flushed), tail = sb_load(&r->control->marks.tail); /* both may be moving */
+    if (flushed > tail || tail - flushed > 2 * r->ring_bytes || tail % SB_RECORD_ALIGN) {
         return SB_INVALID;
     }
     r->limits = given;

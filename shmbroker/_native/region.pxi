@@ -60,6 +60,8 @@ cdef object code_error(sb_region *r, int code, str doing):
         return _errors.LimitReached(f"{doing}: a table of the broker's memory is full; see max_* and claim_tables in broker.toml")
     if code == SB_EXISTS:
         return _errors.ConfigConflict(f"{doing}: the name is taken by another id")
+    if code == SB_GONE:
+        return _errors.TopicNotExist(f"{doing}: the topic was deleted meanwhile. Nothing was stored")
     if code == SB_INVALID:
         return _errors.BadRequest(f"{doing}: value out of range")
     return _errors.LayoutMismatch(f"{doing}: the broker's memory makes no sense (code {code}); restart the broker")
@@ -190,6 +192,7 @@ cdef class Region:
     """The two mapped shared-memory objects of a broker. See _core.pyi for units."""
     cdef sb_region r
     cdef readonly bint closed
+    cdef uint32_t waiter_owner  # whose death frees the wait slots that are taken through this object
     cdef object __weakref__
 
     def __dealloc__(self):
@@ -228,6 +231,7 @@ cdef class Region:
         memcpy(h.ring_name, <const char *>name, len(name))
         if sb_region_map(&region.r, control_fd, ring_fd, 1) != SB_OK:
             raise _errors.LayoutMismatch("cannot map the broker's memory: wrong sizes")
+        region.waiter_owner = l.clients + <uint32_t>ROLES["supervisor"]
         if region.r.ring_bytes != ring_bytes or sb_region_format(&region.r, &h, &l, tail, epoch) != SB_OK:
             raise _errors.LayoutMismatch("the memory objects do not have the sizes that these limits need")
         return region
@@ -243,6 +247,7 @@ cdef class Region:
                 "Stop all processes of the broker and start them with one version")
         if sb_region_map(&region.r, control_fd, ring_fd, 0) != SB_OK:
             raise _errors.LayoutMismatch("the broker's memory does not pass its checks: sizes, limits or watermarks make no sense")
+        region.waiter_owner = region.r.limits.clients + <uint32_t>ROLES["supervisor"]
         return region
 
     @staticmethod
@@ -287,11 +292,12 @@ cdef class Region:
 
     def set(self, str word, uint64_t value):
         cdef sb_region *r = self.open()
-        sb_store(mark(r, word), value)
+        if word != "replicated":
+            sb_store(mark(r, word), value)
         if word == "dispatched":
             sb_wake_position(r, SB_WAIT_DISPATCH, value)
         elif word == "replicated":
-            sb_wake_position(r, SB_WAIT_REPLICATE, value)
+            sb_publish_replicated(r, value)
         elif word == "state" or word == "fenced":
             sb_wake_everybody(r)
 
@@ -321,7 +327,8 @@ cdef class Region:
         cdef sb_region *r = self.open()
         cdef uint32_t index = ROLES[role]
         cdef sb_worker *w = sb_worker_at(r, index)
-        sb_waiter_reap(r, r.limits.clients + index)
+        self.waiter_owner = r.limits.clients + index
+        sb_waiter_reap(r, self.waiter_owner)
         sb_store(&w.pid, _os.getpid())
         sb_store(&w.start_ticks, sb_start_ticks(_os.getpid()))
         sb_add(&w.starts, 1)
@@ -368,7 +375,7 @@ cdef class Region:
 
     def append_system(self, uint8_t kind, bodies, *, uint16_t queue_id=SB_NO_QUEUE, uint32_t topic_id=0, int64_t timeout_ns=0):
         cdef sb_region *r = self.open()
-        cdef uint32_t count = <uint32_t>len(bodies), waiter = SB_NIL, i
+        cdef uint32_t count = <uint32_t>len(bodies), waiter = SB_NIL, owner = self.waiter_owner, i
         cdef sb_item *items
         cdef uint64_t end = 0, start
         cdef int64_t deadline = sb_now_ns() + timeout_ns
@@ -395,7 +402,7 @@ cdef class Region:
             while code == SB_INTERRUPTED:
                 check_signals()
                 with nogil:
-                    code = sb_append_wait(r, SB_NIL, items, count, NULL, 0, SB_APPEND_SYSTEM, deadline, &end, &waiter)
+                    code = sb_append_wait(r, owner, items, count, NULL, 0, SB_APPEND_SYSTEM, deadline, &end, &waiter)
             if code != SB_OK:
                 raise code_error(r, code, "appending a system record")
             sb_append_wake(r, items, count)
@@ -408,67 +415,68 @@ cdef class Region:
 
     # -- definitions
 
-    def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None, bint record=True):
+    cdef int define(self, str what, str name, uint32_t queues, uint32_t permission, uint32_t number, bint record,
+                    uint32_t *slot) except -100:
+        """Define or delete, waiting for lock, room and disk; looks at signals at least every 100 ms."""
         cdef sb_region *r = self.open()
         cdef bytes encoded = name.encode()
         cdef const char *c_name = encoded
-        cdef uint32_t slot = 0
-        cdef int code = SB_NO_SPACE
-        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS
+        cdef bint topic = what.endswith("topic"), delete = what.startswith("deleting")
+        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS, slice
         cdef uint64_t needed = 0
-        while code in (SB_NO_SPACE, SB_NO_INDEX) and sb_now_ns() < deadline:
+        cdef int code = SB_TIMEOUT
+        while True:
+            check_signals()
+            slice = min(deadline, sb_now_ns() + SLICE_NS)
             with nogil:
-                code = sb_topic_define(r, c_name, queues, permission, topic_id, record, deadline, &slot, &needed)
-            if code == SB_NO_SPACE or code == SB_NO_INDEX:
-                self.wait_for("flushed" if code == SB_NO_SPACE else "dispatched", needed, deadline - sb_now_ns())
-        if code == SB_TABLE_FULL:
+                if topic and delete:
+                    code = sb_topic_delete(r, c_name, record, slice, &needed)
+                elif topic:
+                    code = sb_topic_define(r, c_name, queues, permission, number, record, slice, slot, &needed)
+                elif delete:
+                    code = sb_group_delete(r, c_name, record, slice, &needed)
+                else:
+                    code = sb_group_define(r, c_name, number, record, slice, slot, &needed)
+            if sb_now_ns() >= deadline:
+                break
+            if code == SB_NO_SPACE:
+                self.wait_for("flushed", needed, slice - sb_now_ns())
+            elif code == SB_NO_CAPACITY and sb_load(&sb_marks(r).store_state) != SB_STORE_FULL:
+                self.wait_for("flushed", sb_load(&sb_marks(r).tail) + 1, min(slice - sb_now_ns(), 2_000_000))
+            elif code != SB_TIMEOUT:
+                break
+        if code == SB_TABLE_FULL or code == SB_OK or code == SB_NOT_FOUND:
+            return code
+        raise code_error(r, code, f"{what} {name!r}")
+
+    def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None, bint record=True):
+        cdef sb_region *r = self.open()
+        cdef uint32_t slot = 0
+        if self.define("defining topic", name, queues, permission, topic_id, record, &slot) == SB_TABLE_FULL:
             raise _errors.LimitReached(
                 f"topic {name!r} with {queues} queues does not fit: the broker has room for max_topics = {r.limits.topics} "
                 f"topics and max_queues = {r.limits.queues} queues in all")
-        if code != SB_OK:
-            raise code_error(r, code, f"defining topic {name!r} with {queues} queues")
+        topic_id = sb_topic_at(r, slot).topic_id
         for queue_id, next_offset in enumerate(next_offsets or ()):
-            self.restore_queue(sb_topic_at(r, slot).topic_id, queue_id, next_offset, 0)
-        return sb_topic_at(r, slot).topic_id
+            self.restore_queue(topic_id, queue_id, next_offset, 0)
+        return topic_id
 
     def delete_topic(self, str name, bint record=True):
-        cdef sb_region *r = self.open()
-        cdef bytes encoded = name.encode()
-        cdef uint64_t needed = 0
-        cdef int code = sb_topic_delete(r, encoded, record, sb_now_ns() + DEFINE_TIMEOUT_NS, &needed)
-        if code == SB_NOT_FOUND:
+        cdef uint32_t slot = 0
+        if self.define("deleting topic", name, 0, 0, 0, record, &slot) == SB_NOT_FOUND:
             raise _errors.TopicNotExist(f"topic {name!r} does not exist")
-        if code != SB_OK:
-            raise code_error(r, code, f"deleting topic {name!r}")
 
     def define_group(self, str name, uint32_t group_id=0, bint record=True):
         cdef sb_region *r = self.open()
-        cdef bytes encoded = name.encode()
-        cdef const char *c_name = encoded
         cdef uint32_t slot = 0
-        cdef int code = SB_NO_SPACE
-        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS
-        cdef uint64_t needed = 0
-        while code == SB_NO_SPACE and sb_now_ns() < deadline:
-            with nogil:
-                code = sb_group_define(r, c_name, group_id, record, deadline, &slot, &needed)
-            if code == SB_NO_SPACE:
-                self.wait_for("flushed", needed, deadline - sb_now_ns())
-        if code == SB_TABLE_FULL:
+        if self.define("defining group", name, 0, 0, group_id, record, &slot) == SB_TABLE_FULL:
             raise _errors.LimitReached(f"group {name!r} does not fit: the broker has room for max_groups = {r.limits.groups}")
-        if code != SB_OK:
-            raise code_error(r, code, f"defining group {name!r}")
         return sb_group_at(r, slot).group_id
 
     def delete_group(self, str name, bint record=True):
-        cdef sb_region *r = self.open()
-        cdef bytes encoded = name.encode()
-        cdef uint64_t needed = 0
-        cdef int code = sb_group_delete(r, encoded, record, sb_now_ns() + DEFINE_TIMEOUT_NS, &needed)
-        if code == SB_NOT_FOUND:
+        cdef uint32_t slot = 0
+        if self.define("deleting group", name, 0, 0, 0, record, &slot) == SB_NOT_FOUND:
             raise _errors.GroupNotExist(f"group {name!r} does not exist")
-        if code != SB_OK:
-            raise code_error(r, code, f"deleting group {name!r}")
 
     def wait_for(self, str word, uint64_t target, int64_t timeout_ns):
         """Wait until ``flushed``, ``replicated`` or ``dispatched`` has reached ``target``: True, or False at the deadline."""
@@ -476,7 +484,7 @@ cdef class Region:
         cdef uint32_t kind = {"flushed": SB_WAIT_FLUSH, "replicated": SB_WAIT_REPLICATE, "dispatched": SB_WAIT_DISPATCH}[word]
         cdef uint32_t waiter = SB_NIL
         cdef int64_t deadline = sb_now_ns() + timeout_ns
-        cdef int code = sb_waiter_take(r, r.limits.clients + SB_ROLES_MAX, &waiter)
+        cdef int code = sb_waiter_take(r, self.waiter_owner, &waiter)
         if code != SB_OK:
             raise code_error(r, code, "waiting")
         try:
@@ -491,7 +499,27 @@ cdef class Region:
             return code == SB_OK
         raise code_error(r, code, f"waiting for {word}")
 
-    def topics(self):
+    def topics(self, *, bint exact=False):
+        """exact: the next offsets of one moment between two appends (for a snapshot); else as they are."""
+        cdef sb_region *r = self.open()
+        cdef uint64_t *offsets = NULL
+        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS
+        cdef int code
+        if not exact:
+            return self.list_topics(NULL)
+        offsets = <uint64_t *>malloc(r.limits.queues * sizeof(uint64_t))
+        if offsets == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                code = sb_append_read_offsets(r, deadline, offsets)
+            if code != SB_OK:
+                raise code_error(r, code, "reading the queues' offsets")
+            return self.list_topics(offsets)
+        finally:
+            free(offsets)
+
+    cdef list list_topics(self, const uint64_t *offsets):
         cdef sb_region *r = self.open()
         cdef uint32_t i, n, q
         cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
@@ -507,7 +535,8 @@ cdef class Region:
             for q in range(n):
                 queue = sb_queue_at(r, slots[q])
                 queues.append({
-                    "queue_id": q, "slot": slots[q], "next_offset": sb_load(&queue.next_offset),
+                    "queue_id": q, "slot": slots[q],
+                    "next_offset": sb_load(&queue.next_offset) if offsets == NULL else offsets[slots[q]],
                     "first_offset": sb_load(&queue.first_offset), "index_first": sb_load(&queue.index_first),
                     "bytes": sb_load(&queue.bytes),
                 })

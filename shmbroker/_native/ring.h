@@ -48,6 +48,10 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post
 /* Recovery: remember an id of the log's newest records in the hash window. */
 int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position);
 
+/* Wait for the append lock and give it back: behind it no append is half made. SB_OK | SB_TIMEOUT | SB_BROKEN */
+int sb_append_settle(sb_region *r, int64_t deadline_ns);
+/* Next offsets of all queues at one moment between two appends: next[limits.queues]. Codes as above. */
+int sb_append_read_offsets(sb_region *r, int64_t deadline_ns, uint64_t *next);
 /* Try-lock, repair if its owner died, unlock. Returns 1 if a dead owner was found. */
 int sb_append_lock_check(sb_region *r);
 

@@ -14,6 +14,9 @@ void sb_waiter_give(sb_region *r, uint32_t slot);
  * SB_READ_ONLY (store failed, target not reached) | SB_FENCED | SB_NOT_RUNNING. Posts the worker that can help. */
 int sb_wait_position(sb_region *r, uint32_t slot, uint32_t kind, uint64_t target, int64_t deadline_ns);
 
+/* The same for a thread that got no wait slot: looks every pause_ns. */
+int sb_poll_position(sb_region *r, uint32_t kind, uint64_t target, int64_t deadline_ns, int64_t pause_ns);
+
 /* Consumers: begin (flag set, bits set in the topics), the caller looks once more for messages, then sleep, then end. */
 void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const uint32_t *topics, uint32_t count);
 int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns);
@@ -22,6 +25,7 @@ void sb_wait_message_end(sb_region *r, uint32_t slot, const uint32_t *topics, ui
 /* Post sleepers. All return the number of posts made; none makes a system call when nobody sleeps. */
 uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached); /* everybody who waits for this kind's word */
 uint32_t sb_publish_flushed(sb_region *r, uint64_t position);             /* flushed := position, and wake for it */
+uint32_t sb_publish_replicated(sb_region *r, uint64_t position);          /* the same for replicated */
 uint32_t sb_wake_everybody(sb_region *r);                                  /* state changed: all must look */
 uint32_t sb_wake_topic(sb_region *r, uint32_t topic);                      /* one sleeper of every group */
 uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group);      /* one sleeper of this group */
