@@ -1,6 +1,6 @@
 """What the dispatcher process does beside dispatching, in a thread of its own, each duty at its own pace.
 
-    key index            as records become durable
+    key index            as records become durable; committed every progress_interval, or when much has come together
     progress records     every progress_interval, if something changed
     snapshot             every snapshot_interval_bytes of log
     checkpoint           every checkpoint_interval, and every 256 MiB of log
@@ -36,7 +36,6 @@ logger = logging.getLogger("shmbroker.dispatcher")
 
 CHECKPOINT_BYTES: Final = 256 << 20  # a restart scans not much more than this
 POLL: Final = 0.1  # seconds between two looks at what has no date
-COMMIT_INTERVAL: Final = 1.0  # a look-up scans what the index does not have yet
 RETENTION_INTERVAL: Final = 1.0
 RETRY_INTERVAL: Final = 1.0
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -161,7 +160,7 @@ class Upkeep:
     def _commit_index(self) -> float:
         if self._region.get("indexed") < self._indexer.position:
             self._indexer.commit()
-        return COMMIT_INTERVAL
+        return self._config.progress_interval_ms / 1000
 
     def _write_progress(self) -> float:
         bodies = self._region.progress_records(only_changed=True)

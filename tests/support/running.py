@@ -1,0 +1,142 @@
+"""A real broker with real worker processes in a directory of the test's, and a look at what it left there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from support.waiting import wait_until
+
+import shmbroker
+from shmbroker.naming import BrokerPaths
+from shmbroker.record import Record, RecordKind
+from shmbroker.store.checkpoint import CheckpointFile
+from shmbroker.store.commit_log import LogReader
+from shmbroker.store.rebuild import Difference, differences, rebuild
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, SegmentHeader, list_segments
+
+SMALL: dict[str, Any] = {
+    "ring_bytes": 1 << 20,
+    "segment_bytes": 1 << 20,
+    "max_message_bytes": 64 << 10,
+    "max_topics": 16,
+    "max_queues": 64,
+    "max_groups": 8,
+    "max_clients": 16,
+    "max_waiters": 64,
+    "claim_tables": 16,
+    "claim_window": 256,
+    "overflow_claims": 64,
+    "id_window": 1024,
+    "embed_grace": 0.05,
+    "progress_interval": 0.05,
+    "checkpoint_interval": 0.1,
+}
+
+
+@contextmanager
+def running(directory: Path, failpoints: str = "", **settings: Any) -> Iterator[shmbroker.Broker]:
+    """An open broker; afterwards its processes have gone, by themselves or killed."""
+    os.environ["SHMBROKER_FAILPOINTS"] = failpoints
+    try:
+        broker = shmbroker.open(directory, **(SMALL | settings))
+    finally:
+        del os.environ["SHMBROKER_FAILPOINTS"]
+    try:
+        yield broker
+    finally:
+        processes = workers_of(directory)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+        broker.close()
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        assert not alive, f"did not leave by themselves: {alive}"
+
+
+def workers_of(directory: Path, role: str = "") -> list[psutil.Process]:
+    """The processes that serve a directory, as ``ps`` shows them."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if str(directory) in command and any(part.startswith(f"shmbroker.workers.{role}") for part in command):
+                found.append(process)
+    return found
+
+
+def worker_pid(broker: shmbroker.Broker, role: str) -> int:
+    wait_until(lambda: starts_of(broker, role), f"a {role}")
+    return next(int(worker["pid"]) for worker in broker.region.workers() if worker["role"] == role)
+
+
+def wait_restarted(broker: shmbroker.Broker, role: str, times: int = 1) -> None:
+    """Wait until the supervisor has replaced a worker that died."""
+    wait_until(lambda: starts_of(broker, role) > times, f"a new {role}")
+
+
+def starts_of(broker: shmbroker.Broker, role: str) -> int:
+    return next((int(worker["starts"]) for worker in broker.region.workers() if worker["role"] == role), 0)
+
+
+def wait_word(broker: shmbroker.Broker, word: str, at_least: int) -> None:
+    wait_until(lambda: broker.region.get(word) >= at_least, f"{word} >= {at_least}")
+
+
+# ---- what is on the disk ----------------------------------------------------------------------------------------
+
+
+def reader_of(directory: Path) -> tuple[LogReader, SegmentHeader]:
+    log = BrokerPaths(directory).log
+    first = min(log.iterdir())
+    header = SegmentHeader.parse(first.read_bytes()[:SEGMENT_HEADER_BYTES], first)
+    return LogReader(log, header.segment_bytes, header.store), header
+
+
+def log_end(directory: Path) -> int:
+    checkpoint = CheckpointFile(BrokerPaths(directory).checkpoint).read()
+    assert checkpoint is not None
+    return checkpoint.flushed
+
+
+def log_records(directory: Path, end: int | None = None) -> list[Record]:
+    """Every record of a log whose broker has stopped."""
+    from shmbroker._native._core import scan
+
+    reader, header = reader_of(directory)
+    first = list_segments(BrokerPaths(directory).log)[0]
+    epoch, found = reader.read(first).epoch, []
+
+    def take(data: memoryview, position: int) -> int:
+        nonlocal epoch
+        records, behind, _ = scan(data, position, epoch, header.segment_bytes)
+        found.extend(records)
+        epoch = records[-1].epoch if records else epoch
+        return behind
+
+    end = log_end(directory) if end is None else end
+    assert reader.feed(first, end, take) == end
+    reader.close()
+    return found
+
+
+def log_bodies(directory: Path) -> list[bytes]:
+    return [record.body for record in log_records(directory) if record.kind == RecordKind.MESSAGE]
+
+
+def derived_differences(directory: Path, side: Path) -> list[Difference]:
+    """How consume queues and key index of a stopped broker differ from what its log says."""
+    reader, header = reader_of(directory)
+    paths = BrokerPaths(directory)
+    first = list_segments(paths.log)[0]
+    rebuilt = rebuild(reader, header.segment_bytes, header.store, first, log_end(directory), side)
+    reader.close()
+    return list(differences(paths, rebuilt))
