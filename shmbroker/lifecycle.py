@@ -141,6 +141,7 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     checkpoints.close()
     region = memory.create(paths, config, store=store, tail=recovered.end, epoch=epoch.epoch)
     region.set("kept", recovered.first)
+    region.set("indexed", recovered.first)  # until the dispatcher knows better
     region.set("snapshot", recovered.snapshot or 0)
     reader = LogReader(paths.log, config.layout.segment_bytes, store)
     restoration.apply(region, reader, recovered.first)

@@ -68,12 +68,12 @@ class Source:
         """
         size = min(end - position, self._pass_bytes, self._region.ring_bytes)
         found = self._scan_ring(position, size, epoch)
-        if found is None:
-            # Only what is on the disk leaves the ring (R8).
+        if found is None or found.end == position:
+            # Only what is on the disk leaves the ring (R8); what an earlier life of the broker wrote was never in it.
             data = self._log.window(position, min(end, self._region.get("flushed")), self._pass_bytes)
             found = Scan(*dispatch_scan(data, position, epoch, self._region.segment_bytes, PASS_RECORDS))
-        if found.end == position or found.why == "invalid":
-            raise self._log.explain(found.end, f"no valid record, though the log goes on to {end}")
+        if found.end == position:
+            raise self._log.explain(position, f"no valid record, though the log goes on to {end}")
         return found
 
     def _scan_ring(self, position: int, size: int, epoch: int) -> Scan | None:

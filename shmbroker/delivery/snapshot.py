@@ -35,6 +35,13 @@ def append_bounded(region: Region, kind: RecordKind, bodies: Iterable[bytes]) ->
     return end
 
 
+def append_progress(region: Region, *, only_changed: bool = True) -> None:
+    """Write how far the groups are into the log (R14). Raises as ``append_bounded``: then nothing counts as written."""
+    bodies = region.progress_records(only_changed=only_changed)
+    append_bounded(region, RecordKind.PROGRESS, bodies)
+    region.progress_recorded(bodies)
+
+
 class Snapshot:
     """One snapshot being written. Reads memory only after BEGIN is in the log: nothing newer than BEGIN is missed."""
 
@@ -49,7 +56,7 @@ class Snapshot:
         """Append everything, then END; returns the position from which on the snapshot is whole once flushed."""
         append_bounded(self._region, RecordKind.TOPIC, map(_topic_body, self._region.topics()))
         append_bounded(self._region, RecordKind.GROUP, map(_group_body, self._region.groups()))
-        append_bounded(self._region, RecordKind.PROGRESS, self._region.progress_records(only_changed=False))
+        append_progress(self._region, only_changed=False)
         return append_bounded(self._region, RecordKind.SNAPSHOT_END, [self._frame])
 
 

@@ -25,10 +25,9 @@ from shmbroker._native._core import Region
 from shmbroker.config import RuntimeConfig
 from shmbroker.delivery.dispatch import Indexer
 from shmbroker.delivery.retention import STORE_FULL, retain
-from shmbroker.delivery.snapshot import Snapshot, append_bounded
+from shmbroker.delivery.snapshot import Snapshot, append_progress
 from shmbroker.errors import BrokerClosed, Retryable, StoreFull, StoreReadOnly
 from shmbroker.failpoint import failpoint
-from shmbroker.record import RecordKind
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.consume_queue import ConsumeQueues, sync_paths
 
@@ -103,7 +102,7 @@ class Upkeep:
         ``wait(position)`` returns True once everything before that position is flushed and dispatched. Raises what the
         append or the disk raises: the next start then replays from the last good checkpoint.
         """
-        append_bounded(self._region, RecordKind.PROGRESS, self._region.progress_records(only_changed=True))
+        append_progress(self._region)
         snapshot = Snapshot(self._region, self._last.epochs)
         end = snapshot.complete()
         if wait(end):
@@ -163,9 +162,7 @@ class Upkeep:
         return self._config.progress_interval_ms / 1000
 
     def _write_progress(self) -> float:
-        bodies = self._region.progress_records(only_changed=True)
-        append_bounded(self._region, RecordKind.PROGRESS, bodies)
-        self._region.progress_recorded(bodies)  # not before: what failed is tried again
+        append_progress(self._region)
         failpoint("dispatcher.progress_written")
         return self._config.progress_interval_ms / 1000
 
