@@ -56,7 +56,7 @@ class LayoutConfig:
     """Sizes of the shared memory and of the segments; fixed at creation."""
 
     ring_bytes: int = _key(
-        32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 16 * GIB, power_of_two=True
+        32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 2 * GIB, power_of_two=True
     )
     segment_bytes: int = _key(
         64 * MIB,
