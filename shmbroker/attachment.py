@@ -78,7 +78,7 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
 
 def _attach(paths: BrokerPaths, wanted: Config) -> Attachment | None:
     """Register with a running broker, or None if it is not (or no longer) running."""
-    found = memory.attach(paths) if paths.descriptor.exists() else None
+    found = memory.attach(paths)
     if found is None:
         return None
     region, descriptor = found
@@ -157,7 +157,7 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
     deadline = time.monotonic() + OPEN_TIMEOUT
     may_start_at = time.monotonic() + rank * _STAGGER_SECONDS
     while time.monotonic() < deadline:
-        found = memory.attach(paths) if paths.descriptor.exists() else None
+        found = memory.attach(paths)
         if found is not None:
             pidfd = process.open_pidfd(found[0].get("supervisor_pid"), found[0].get("supervisor_start_ticks"))
             if pidfd is not None:

@@ -62,6 +62,8 @@ def read_descriptor(paths: BrokerPaths) -> Descriptor | None:
         fd = os.open(paths.descriptor, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise AttachRefused(f"{paths.directory} belongs to another user: {error}") from error
     with os.fdopen(fd, "rb") as stream:
         if os.fstat(fd).st_uid != paths.directory.stat().st_uid:
             raise AttachRefused(f"{paths.descriptor} does not belong to the owner of the directory")

@@ -101,7 +101,7 @@ def workers_of(directory: Path) -> dict[str, int]:
     if found is None:
         return {}
     return {
-        worker["role"]: worker["pid"]
+        str(worker["role"]): int(worker["pid"])
         for worker in found[0].workers()
         if process.is_alive(process.Identity(worker["pid"], worker["start_ticks"]))
     }

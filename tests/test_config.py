@@ -1,0 +1,162 @@
+"""Settings: order, spellings, limits, and that code, broker.toml and README say the same."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from shmbroker import config
+from shmbroker.config import Config, load
+from shmbroker.errors import ConfigError
+
+CONFIG = Path(__file__).parents[1] / "config"
+
+
+def write(directory: Path, text: str) -> None:
+    (directory / "broker.toml").write_text(text)
+
+
+def test_argument_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    arguments: dict[str, object] = {}
+
+    def interval() -> int:
+        return load(tmp_path, arguments=arguments, environment=environment).runtime.flush_interval_ms
+
+    assert interval() == 500
+    write(tmp_path, "flush_interval_ms = 400")
+    assert interval() == 400
+    environment["SHMBROKER_FLUSH_INTERVAL_MS"] = "300"
+    assert interval() == 300
+    arguments["flush_interval"] = 0.2
+    assert interval() == 200
+
+
+def test_a_file_given_instead_of_the_directorys_must_exist(tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    with pytest.raises(ConfigError, match=r"other\.toml: No such file"):
+        load(tmp_path, other)
+    write(tmp_path, "send_timeout_ms = 1")
+    other.write_text("send_timeout_ms = 2")
+    assert load(tmp_path, other, environment={}).runtime.send_timeout_ms == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ('flushDiskType = "SYNC_FLUSH"', "flush_disk_type", "SYNC_FLUSH"),
+        ("syncFlushTimeout = 1234", "sync_flush_timeout_ms", 1234),
+        ("sendMsgTimeout = 2000", "send_timeout_ms", 2000),
+        ("maxMessageSize = 65536", "max_message_bytes", 65536),
+        ("defaultTopicQueueNums = 8", "default_topic_queues", 8),
+        ("autoCreateTopicEnable = false", "auto_create_topics", False),
+        ("flushIntervalCommitLog = 100", "flush_interval_ms", 100),
+        ("flushCommitLogLeastPages = 2", "flush_least_bytes", 8192),
+        ("mappedFileSizeCommitLog = 134217728", "segment_bytes", 128 * config.MIB),
+        ('ring_bytes = "16 MiB"', "ring_bytes", 16 * config.MIB),
+        ("disk_full_watermark = 1", "disk_full_watermark", 1.0),
+    ],
+)
+def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key: str, value: object) -> None:
+    write(tmp_path, text)
+    assert load(tmp_path, environment={}).as_dict()[key] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"ring_bytes": 3 * config.MIB},
+            "ring_bytes = 3145728: must be an integer, 65536 to 17179869184, a power of two",
+        ),
+        ({"ring_bytes": "much"}, "ring_bytes = 'much': must be an integer"),
+        ({"segment_bytes": 65537}, "segment_bytes = 65537: .* a multiple of 4096"),
+        ({"sync_flush_timeout": "5"}, "sync_flush_timeout = '5': must be a number of seconds"),
+        ({"sync_flush_timeout": float("nan")}, "sync_flush_timeout = nan"),
+        ({"send_timeout": 0}, "send_timeout_ms = 0: must be an integer, 1 to"),
+        ({"auto_create_topics": 1}, "auto_create_topics = 1: must be true or false"),
+        ({"max_topics": True}, "max_topics = True: must be an integer"),
+        ({"flush_disk_type": "sync"}, "flush_disk_type = 'sync': must be ASYNC_FLUSH or SYNC_FLUSH"),
+        ({"disk_full_watermark": float("nan")}, "disk_full_watermark = nan: must be a number, 0.1 to 1"),
+        ({"flushDiskTypo": "SYNC_FLUSH"}, "unknown setting 'flushDiskTypo'"),
+        (
+            {"ring_bytes": "1 MiB", "max_message_bytes": "1 MiB"},
+            "ring_bytes = 1048576: must be at least 4 x max_message",
+        ),
+        ({"snapshot_interval_bytes": "128 MiB"}, "snapshot_interval_bytes = 134217728: must be at most segment_bytes"),
+        ({"maxMessageSize": 1, "max_message_bytes": 1}, "another spelling of 'max_message_bytes'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_key_value_and_limits(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(arguments=arguments, environment={})
+
+
+def test_a_time_in_a_file_needs_its_unit(tmp_path: Path) -> None:
+    write(tmp_path, "sync_flush_timeout = 5")
+    with pytest.raises(ConfigError, match="did you mean sync_flush_timeout_ms, in milliseconds"):
+        load(tmp_path, environment={})
+
+
+def test_a_file_that_is_no_toml_is_refused_with_its_name(tmp_path: Path) -> None:
+    write(tmp_path, "flush_interval_ms: 5")
+    with pytest.raises(ConfigError, match=r"broker\.toml"):
+        load(tmp_path, environment={})
+
+
+def test_defaults_that_a_small_ring_cannot_hold_follow_it_down() -> None:
+    small = load(arguments={"ring_bytes": "1 MiB", "segment_bytes": "2 MiB"}, environment={})
+    assert small.layout.max_message_bytes == 256 * config.KIB
+    assert small.runtime.snapshot_interval_bytes == 2 * config.MIB
+
+
+def test_a_configuration_survives_its_way_through_the_descriptor() -> None:
+    chosen = load(
+        arguments={"flush_disk_type": "SYNC_FLUSH", "ring_bytes": "1 MiB", "embed_grace": 0.25}, environment={}
+    )
+    assert Config.of(chosen.as_dict()) == chosen
+    assert Config.of(chosen.chosen_settings()) == chosen
+    assert chosen.given == {"flush_disk_type", "ring_bytes", "embed_grace_ms"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "visible"),
+    [
+        ({}, "append"),
+        ({"flush_disk_type": "SYNC_FLUSH"}, "flush"),
+        ({"flush_disk_type": "SYNC_FLUSH", "broker_role": "SYNC_MASTER"}, "replicate"),
+        ({"flush_disk_type": "SYNC_FLUSH", "visible_after": "append"}, "append"),
+    ],
+)
+def test_consumers_see_what_is_as_durable_as_send_ok_says(settings: dict[str, object], visible: str) -> None:
+    assert Config.of(settings).visible_after == visible
+
+
+def test_the_defaults_fit_into_48_mib_of_memory() -> None:
+    from shmbroker._native._core import Region
+
+    defaults = Config()
+    assert sum(Region.sizes(defaults.native_limits(), defaults.layout.ring_bytes)) <= 48 * config.MIB
+
+
+def test_broker_toml_holds_every_key_with_its_default() -> None:
+    keys = list(tomllib.loads((CONFIG / "broker.toml").read_text()))
+    assert keys == list(config.RULES)
+    assert load(file=CONFIG / "broker.toml", environment={}) == Config()
+
+
+def test_the_readme_has_a_row_for_every_key_with_default_limits_and_meaning() -> None:
+    rows = {}
+    for line in (CONFIG / "README.md").read_text().splitlines():
+        if match := re.fullmatch(r"\| `(\w+)` \| `([^`]*)` \| (.+?) \| (.*?) \| (.+) \| (.+) \|", line):
+            rows[match[1]] = match.groups()[1:]
+    assert list(rows) == list(config.RULES)
+    spellings = {ours: theirs for theirs, (ours, _) in config.ROCKETMQ_KEYS.items()}
+    for key, (default, limits, spelling, meaning, _changed) in rows.items():
+        assert load(arguments={}, environment={f"SHMBROKER_{key.upper()}": default}) == Config(), key
+        assert limits == config.limits_text(key), key
+        assert meaning == config.RULES[key].meaning, key
+        assert spelling.split("`")[1::2] == ([spellings[key]] if key in spellings else []), key
