@@ -206,6 +206,12 @@ def test_a_cut_inside_a_group_falls_back_to_its_start() -> None:
     assert floors == [0, 1, 1, 1, 4, 5, 5, 7]
 
 
+def test_a_group_floor_never_looks_behind_its_data() -> None:
+    data = message(0, body=bytes(1024 - 72 - 80))  # the next record begins 72 bytes further on
+    assert _core.group_floor(data, 0, 1024, 5000) == len(data)
+    assert _core.group_floor(data[:100], 0, 1024, 5000) == 0
+
+
 # ---- dispatch
 
 

@@ -266,6 +266,22 @@ def test_a_new_pool_adopts_what_stands_ready_and_makes_anew_what_does_not_hold(t
     pool.stop()
 
 
+def test_a_hole_in_the_log_of_the_writers_segment_is_no_place_for_zeros(tmp_path: Path) -> None:
+    """Some file systems store a block of zeros as a hole: | log | hole: zeros of a message | log | position."""
+    path = tmp_path / segment_name(0)
+    path.write_bytes(header().encode())
+    os.truncate(path, SEGMENT_HEADER_BYTES + BYTES)
+    overwrite(path, SEGMENT_HEADER_BYTES + BYTES // 2, b"\xaa" * 8192)
+    position = BYTES // 2 + 8192
+    pool = pool_at(tmp_path, position)
+    work_off(pool)
+    segment = pool.take(0)
+    assert segment.read(0, position) == bytes(BYTES // 2) + b"\xaa" * 8192
+    assert segment.filled_to() == 0, "the hole is still one: nobody wrote there"
+    segment.close()
+    pool.stop()
+
+
 def test_the_writers_own_segment_is_never_made_anew(tmp_path: Path) -> None:
     pool = pool_at(tmp_path)
     work_off(pool)

@@ -57,6 +57,7 @@ uint64_t sb_group_floor(const uint8_t *data, uint64_t length, uint64_t start, ui
     sb_walk walk = {.data = data, .length = length, .start = start, .segment_bytes = segment_bytes, .position = start};
     sb_record record;
     uint64_t group_end = start;
+    end = end < start + length ? end : start + length;
     while (walk.position < end) {
         uint64_t short_end = segment_bytes - walk.position % segment_bytes;
         if (short_end < SB_RECORD_HEADER) {

@@ -218,7 +218,9 @@ class LogReader:
             path = self._directory / segment_name(base)
             try:
                 segment = Segment.open(path, self._segment_bytes, self._store)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, SegmentError) as error:
+                if path.exists():
+                    raise  # damaged; a segment that was recycled while it was opened has another name by now
                 raise self.explain(position, "the segment is missing") from error
         self._open[base] = segment  # last used, last to go
         if len(self._open) > _OPEN_SEGMENTS:

@@ -65,10 +65,11 @@ def find_end(reader: LogReader, place: LogPlace, checkpoint: Checkpoint | None) 
     bases = list_segments(place.directory)
     if not bases:
         return LogEnd(0, 0, 0, None, 0, 0, 0, 0)
-    for base in bases:
-        Segment.open(place.path(base), place.segment_bytes, place.store).close()
     first = bases[0]
     start, snapshot = _scan_start(reader, place, checkpoint, first)
+    for base in bases:
+        if base + place.segment_bytes > start:
+            Segment.open(place.path(base), place.segment_bytes, place.store).close()
     head = _record_at(reader, start)
     epoch = start_epoch = 0 if head is None else head.epoch
     records = 0

@@ -94,7 +94,7 @@ class SegmentPool:
         self._thread: threading.Thread | None = None
         self.full = False  # the disk has no room for what comes after the capacity of now
         self.error: Exception | None = None  # why the last attempt to make a segment failed; None once one succeeded
-        self._adopt()
+        self._adopt(position)
 
     @property
     def user_capacity(self) -> int:
@@ -181,7 +181,7 @@ class SegmentPool:
                     if not self._stopping:
                         self._changed.wait(RETRY_SECONDS)
 
-    def _adopt(self) -> None:
+    def _adopt(self, position: int) -> None:
         """Take over what an earlier pool made ready: the segments that follow the writer's without a gap."""
         while (path := self._directory / segment_name(self._end)).exists():
             try:
@@ -190,7 +190,8 @@ class SegmentPool:
                 if self._end == self._writer_base:
                     raise
                 break  # holds no log: it is made anew when its turn comes
-            self._ready[self._end] = _Ready(segment, segment.filled_to())
+            # Never zeros over the log: a block of zeros in a record may count as not written on some file systems.
+            self._ready[self._end] = _Ready(segment, max(position, segment.filled_to()))
             self._end = segment.end
         self._user_capacity = max(0, self._end - self._reserve_bytes)
 
