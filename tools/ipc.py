@@ -76,21 +76,22 @@ def list_memory(session: Session) -> None:
 
 @ipc.command()
 @common_options
+@click.argument("names", nargs=-1)
 @click.option("--lose-unflushed", is_flag=True, help="Also memory that holds messages which are not on the disk.")
 @pass_session
-def clean(session: Session, lose_unflushed: bool) -> int:
-    """Remove the memory of dead brokers: memory of yours that no process has mapped.
+def clean(session: Session, names: tuple[str, ...], lose_unflushed: bool) -> int:
+    """Remove the memory of dead brokers: yours, mapped by no process; all of it, or the NAMES that `list` shows.
 
     \b
     shmbroker ipc clean
-    shmbroker ipc clean --lose-unflushed    # its directory is gone for ever
+    shmbroker ipc clean --lose-unflushed /shmbroker-4f...    # its directory is gone for ever
 
     Memory that still holds messages which are not on the disk is kept: open its directory once and they are written.
     Leaves with 1 if some was kept.
     """
     removed, kept = [], []
     for memory in memories():
-        if memory.state != "dead":
+        if memory.state != "dead" or (names and memory.name not in names):
             continue
         if memory.unflushed_bytes != 0 and not lose_unflushed:
             kept.append(memory.name)

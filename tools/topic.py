@@ -10,7 +10,7 @@ from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
-PERMISSIONS = {"r": 4, "w": 2, "rw": 6, "none": 0}
+PERMISSIONS = {"r": 4, "w": 2, "rw": 6}
 _NAMES = {value: name for name, value in PERMISSIONS.items()}
 
 

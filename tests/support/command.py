@@ -18,11 +18,11 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("SHMBROKER_")}
 
 
-def shmbroker(directory: Path, *arguments: str, input: bytes = b"") -> subprocess.CompletedProcess[str]:
+def shmbroker(directory: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     """Run one command on ``directory`` to its end."""
     done = subprocess.run(
         [*COMMAND, "-d", str(directory), *arguments],
-        input=input,
+        input=stdin,
         capture_output=True,
         timeout=TIMEOUT,
         env=environment(),
@@ -30,8 +30,8 @@ def shmbroker(directory: Path, *arguments: str, input: bytes = b"") -> subproces
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def shmbroker_json(directory: Path, *arguments: str, input: bytes = b"", code: int = 0) -> Any:
+def shmbroker_json(directory: Path, *arguments: str, stdin: bytes = b"", code: int = 0) -> Any:
     """Run one command with ``--json`` and return what it answered; the exit code must be ``code``."""
-    done = shmbroker(directory, "--json", *arguments, input=input)
+    done = shmbroker(directory, "--json", *arguments, stdin=stdin)
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
