@@ -1,4 +1,4 @@
-"""The ``shmbroker`` command on a real, served broker: each command a process of its own, answers compared by content."""
+"""The ``shmbroker`` command on a real, served broker: each command a process of its own, compared by content."""
 
 from __future__ import annotations
 

@@ -133,3 +133,31 @@ def test_a_directory_that_is_no_brokers_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 6
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+def derive(directory: Path, store: StoreBuilder) -> None:
+    """The consume queues and the index as a broker would have left them."""
+    assert shmbroker_json(directory, "log", "rebuild", "--replace")["end"] == store.position
+
+
+def test_rebuild_finds_no_difference_in_what_it_has_made(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    assert shmbroker(tmp_path, "log", "rebuild").returncode == 1
+    derive(tmp_path, store)
+    answer = shmbroker_json(tmp_path, "log", "rebuild")
+    assert (answer["messages"], answer["differences"]) == (205, [])
+    assert not (tmp_path / "rebuilt.tmp").exists()
+
+
+def test_rebuild_names_an_entry_that_differs_and_replaces_it(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    derive(tmp_path, store)
+    (queue,) = (tmp_path / "queues" / "1" / "0").iterdir()
+    with queue.open("r+b") as file:
+        file.seek(64 + 16 * 3)
+        file.write((12345).to_bytes(8, "little"))
+    (difference,) = shmbroker_json(tmp_path, "log", "rebuild", code=1)["differences"]
+    assert difference["what"] == "queue 1/0 offset 3"
+    assert difference["live"][0] == 12345
+    assert shmbroker_json(tmp_path, "log", "rebuild", "--replace")["replaced"]
+    assert shmbroker_json(tmp_path, "log", "rebuild")["differences"] == []

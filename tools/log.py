@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -13,7 +15,11 @@ from shmbroker.tools.session import Failure, Session, common_options, pass_sessi
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Record
+    from shmbroker.store.rebuild import Rebuilt
     from shmbroker.tools.stored_log import StoredLog, Verdict
+
+REBUILT: Final = "rebuilt.tmp"  # beside the live files, on the same file system
+DIFFERENCES_SHOWN: Final = 20
 
 
 @click.group()
@@ -148,3 +154,68 @@ def report(session: Session, verdict: Verdict) -> None:
     console.table("", ["log", ""], rows)
     for damage in verdict.damages:
         click.secho(f"! {damage.position:,} .. {damage.end:,} ({damage.path}): {damage.what}", fg="red")
+
+
+@log.command()
+@common_options
+@click.option("--replace", is_flag=True, help="Put the rebuilt files in the place of the live ones; no broker may run.")
+@pass_session
+def rebuild(session: Session, replace: bool) -> int:
+    """Make consume queues and key index anew from the log, beside the live ones, and compare them entry by entry.
+
+    \b
+    shmbroker log rebuild              # compare only; a broker may run meanwhile
+    shmbroker log rebuild --replace    # after stopping the broker
+
+    Leaves with 1 if something differs, 0 if nothing does or the rebuilt files have taken their place.
+    """
+    from shmbroker import process
+    from shmbroker.store import rebuild as rebuilder
+
+    paths = session.require_directory()
+    derived = (paths.index / "data.mdb").exists()
+    if not derived and not replace:
+        raise Failure("there is nothing to compare with; --replace makes it from the log", ExitCode.FINDING)
+    paths.run.mkdir(mode=0o700, exist_ok=True)
+    lock = process.FileLock(paths.lock) if replace else None
+    if lock is not None and not lock.acquire():
+        raise Failure(f"a broker runs in {session.directory}; stop it, then replace", ExitCode.RETRY_LATER)
+    stored = _open(session)
+    end = stored.dispatched_end()
+    side = paths.directory / REBUILT
+    shutil.rmtree(side, ignore_errors=True)
+    try:
+        with console.progress("rebuilding", end - stored.first) as advance:
+            done = 0
+
+            def report_progress(position: int, _total: int) -> None:
+                nonlocal done
+                advance(position - done)
+                done = position
+
+            rebuilt = rebuilder.rebuild(
+                stored.reader, stored.segment_bytes, stored.store, stored.first, end, side, report_progress
+            )
+        found = [asdict(difference) for difference in rebuilder.differences(paths, rebuilt)] if derived else []
+        if replace:
+            rebuilder.swap(paths, rebuilt)
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+        stored.close()
+        if lock is not None:
+            lock.close()
+    _report_rebuilt(session, rebuilt, found, replaced=replace)
+    return ExitCode.FINDING if found and not replace else ExitCode.OK
+
+
+def _report_rebuilt(session: Session, rebuilt: Rebuilt, found: list[dict[str, Any]], *, replaced: bool) -> None:
+    counts = {"messages": rebuilt.messages, "index_entries": rebuilt.keys, "first": rebuilt.first, "end": rebuilt.end}
+    if session.json:
+        console.print_json(counts | {"differences": found, "replaced": replaced})
+        return
+    rows = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+    console.table("", ["rebuilt", ""], [*rows, ("differences", f"{len(found):,}"), ("replaced", replaced)])
+    for difference in found[:DIFFERENCES_SHOWN]:
+        click.secho(f"! {difference['what']}: live {difference['live']}, log says {difference['rebuilt']}", fg="red")
+    if len(found) > DIFFERENCES_SHOWN:
+        click.echo(f"... and {len(found) - DIFFERENCES_SHOWN:,} more; --json lists all")

@@ -74,6 +74,7 @@ class StoredLog:
         if self.checkpoint is not None and self.checkpoint.store != self.store:
             self.checkpoint = None
         self.live_end = region.get("flushed") if region is not None else None
+        self._live_dispatched = region.get("dispatched") if region is not None else None
         self.durable = self.live_end or (self.checkpoint.flushed if self.checkpoint is not None else 0)
         self.reader = LogReader(paths.log, self.segment_bytes, self.store)
 
@@ -88,6 +89,15 @@ class StoredLog:
 
     def close(self) -> None:
         self.reader.close()
+
+    def dispatched_end(self) -> int:
+        """Up to where the log is whole and its consume queues should be complete. Raises Failure for a damaged log."""
+        if self.live_end is not None and self._live_dispatched is not None:
+            return min(self.live_end, self._live_dispatched)
+        verdict = self.verify()
+        if not verdict.sound:
+            raise Failure("the log is damaged; `shmbroker log verify` names the places", ExitCode.OPERATOR)
+        return verdict.end
 
     def records(self, start: int, end: int) -> Iterator[Record]:
         """Whole records from ``start``, which is where one begins, to the first place without a valid one."""
