@@ -35,7 +35,7 @@ def _group(
     tables: list[dict[str, Any]],
     subscription: dict[str, str],
     queues_of: dict[str, list[dict[str, Any]]],
-    clients: dict[int, dict[str, Any]],
+    clients: dict[int | None, dict[str, Any]],
     messages: StoredMessages,
     tail: int,
 ) -> dict[str, Any]:
@@ -66,15 +66,19 @@ def _group(
 _UNTOUCHED: Final[dict[str, Any]] = {
     "acked": [],
     "attempts": {},
-    "held": [],
     "overflow": [],
+    "held": 0,
+    "oldest_held": None,
+    "oldest_holder": None,
 }
 
 
-def _queue(table: dict[str, Any], clients: dict[int, dict[str, Any]], messages: StoredMessages) -> dict[str, Any]:
+def _queue(
+    table: dict[str, Any], clients: dict[int | None, dict[str, Any]], messages: StoredMessages
+) -> dict[str, Any]:
     """Lag of a group in one queue. ``position``: of its oldest unacknowledged message; None if it has none."""
     base, overflow = table["base"], sorted(table["overflow"])
-    oldest = overflow[0] if overflow else base
+    oldest = overflow[0] if overflow else _first_unacked(base, table["acked"])
     acked = sum(count for _, count in table["acked"])
     lag = max(0, table["next_offset"] - base - acked) + len(overflow)
     found: dict[str, Any] = {
@@ -85,7 +89,7 @@ def _queue(table: dict[str, Any], clients: dict[int, dict[str, Any]], messages: 
         "lag_messages": lag,
         "lag_bytes": 0,
         "lag_seconds": 0.0,
-        "in_flight": len(table["held"]),
+        "in_flight": table["held"],
         "position": None,
         "oldest": None,
     }
@@ -96,7 +100,7 @@ def _queue(table: dict[str, Any], clients: dict[int, dict[str, Any]], messages: 
     record = messages.at_position(entries[0].position) if entries else None
     if record is None:  # the dispatcher has not come to it: it is as young as that
         return found
-    client = clients.get(dict(table["held"]).get(record.queue_offset, -1))
+    client = clients.get(table["oldest_holder"]) if table["oldest_held"] == record.queue_offset else None
     found["position"] = record.position
     found["lag_seconds"] = max(0.0, (time.time_ns() - record.born_ns) / 1e9)
     found["oldest"] = {
@@ -107,6 +111,14 @@ def _queue(table: dict[str, Any], clients: dict[int, dict[str, Any]], messages: 
         "name": client["name"] if client else "",
     }
     return found
+
+
+def _first_unacked(base: int, acked: list[tuple[int, int]]) -> int:
+    """The base may still have to move over what is acknowledged."""
+    for first, count in sorted(acked):
+        if first <= base:
+            base = max(base, first + count)
+    return base
 
 
 def _bytes_between(messages: StoredMessages, table: dict[str, Any], start: int) -> int:
