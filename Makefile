@@ -36,10 +36,10 @@ lint: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools
 	$(BIN)/ruff format --check
 	rm -rf build/tree && mkdir -p build/tree && cp -rs "$(CURDIR)/shmbroker" build/tree/
 	cp -rs "$(CURDIR)/workers" "$(CURDIR)/tools" build/tree/shmbroker/ && cp -rs "$(CURDIR)/tests" build/tree/
-	cd build/tree && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" shmbroker tests
+	cd build/tree && MYPYPATH=tests "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" shmbroker tests
 	cd build/tree && "$(CURDIR)/$(BIN)/lint-imports" --no-cache --config "$(CURDIR)/pyproject.toml"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint $(wildcard shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
-	for source in shmbroker/_native/*.[ch]; do \
+	for source in $(filter-out %/_core.c,$(filter %.c %.h,$(NATIVE))); do \
 	    $(CC) -std=gnu11 -Wall -Wextra -Wconversion -Werror -fsyntax-only -x c $$source || exit 1; \
 	done
 

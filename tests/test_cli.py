@@ -35,9 +35,12 @@ default_topic_queues = 2
 """
 
 
-def start(directory: Path, *arguments: str, **streams: int) -> subprocess.Popen[bytes]:
+def start(
+    directory: Path, *arguments: str, stdout: int | None = None, stderr: int | None = None
+) -> subprocess.Popen[bytes]:
     """A command that stays; the caller ends it."""
-    return subprocess.Popen([*COMMAND, "-d", str(directory), *arguments], env=environment(), **streams)
+    command = [*COMMAND, "-d", str(directory), *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr)
 
 
 @contextmanager

@@ -31,15 +31,15 @@ class Objects:
         self.names = object_names()
         self.name = self.names[0].removesuffix("-c")
         sizes = Region.sizes(LIMITS, RING_BYTES)
-        self.fds = [
-            posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size).fd
+        self.control_fd, self.ring_fd = (
+            int(posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size).fd)
             for name, size in zip(self.names, sizes, strict=True)
-        ]
+        )
 
     def format(self, namespaces: tuple[int, int]) -> Region:
         region = Region.create(
-            *self.fds, LIMITS, RING_BYTES, RING_BYTES, tail=0, epoch=1, instance=bytes(16), boot_id=bytes(16),
-            directory=(0, 0), namespaces=namespaces, ring_name=self.names[1],
+            self.control_fd, self.ring_fd, LIMITS, RING_BYTES, RING_BYTES, tail=0, epoch=1, instance=bytes(16),
+            boot_id=bytes(16), directory=(0, 0), namespaces=namespaces, ring_name=self.names[1],
         )  # fmt: skip
         region.set("state", 2)
         region.set("user_capacity", RING_BYTES)
@@ -50,8 +50,8 @@ class Objects:
         return any(Path("/dev/shm" + name).exists() for name in self.names)
 
     def remove(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
+        os.close(self.control_fd)
+        os.close(self.ring_fd)
         for name in self.names:
             Path("/dev/shm" + name).unlink(missing_ok=True)
 
