@@ -15,6 +15,7 @@ def failpoints(session: Session) -> None:
     """List every failpoint, with the state in which a process passes it.
 
     \b
+    shmbroker failpoints
     SHMBROKER_FAILPOINTS='flusher/flusher.after_pwrite=kill@3' shmbroker serve
     SHMBROKER_FAILPOINTS='client/append.copied=kill' shmbroker send --topic t <<< x
 

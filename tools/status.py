@@ -37,16 +37,21 @@ def status(session: Session) -> int:
         region.close()
     if session.json:
         console.print_json(health)
-    elif found is None:
-        _disk(health)
     else:
-        _summary(health)
-        _processes(health)
-    for finding in health["findings"]:
-        click.secho(f"! {finding}", fg="red", bold=True)
+        _draw(health, running=found is not None)
     if found is None:
         return ExitCode.NOT_SERVED
     return ExitCode.FINDING if health["findings"] else ExitCode.OK
+
+
+def _draw(health: dict[str, Any], *, running: bool) -> None:
+    if running:
+        _summary(health)
+        _processes(health)
+    else:
+        _disk(health)
+    for finding in health["findings"]:
+        click.secho(f"! {finding}", fg="red", bold=True)
 
 
 def _summary(health: dict[str, Any]) -> None:
