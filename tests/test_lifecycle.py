@@ -246,7 +246,7 @@ def test_a_setting_that_the_running_broker_does_not_have_is_refused(broker: Brok
 
 def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
     with pytest.raises(shmbroker.NotEnoughMemory, match=r"needs \d{5}\.\d MiB of /dev/shm, .* --shm-size="):
-        shmbroker.open(directory, ring_bytes="16 GiB", claim_window=65_536, claim_tables=65_535)
+        shmbroker.open(directory, ring_bytes="2 GiB", claim_window=65_536, claim_tables=65_535)
     wait_until(lambda: not processes_of(directory), "the supervisor gone")
 
 
