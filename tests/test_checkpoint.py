@@ -21,9 +21,11 @@ positions = st.integers(0, 2**63 - 1)
 
 def write(path: Path, *checkpoints: Checkpoint) -> None:
     file = CheckpointFile(path)
-    for checkpoint in checkpoints:
-        file.write(checkpoint)
-    file.close()
+    try:
+        for checkpoint in checkpoints:
+            file.write(checkpoint)
+    finally:
+        file.close()
 
 
 def content(checkpoint: Checkpoint | None) -> Checkpoint | None:

@@ -115,11 +115,13 @@ def test_a_writer_that_starts_again_writes_over_what_its_predecessor_left(tmp_pa
     first = CommitLog(pool, BYTES)
     first.write(memoryview(pattern(BYTES + 500)), 0)
     first.close()  # killed before its sync
-    second = CommitLog(SegmentPool(tmp_path, BYTES, STORE, 1, 300), BYTES)
+    adopted = SegmentPool(tmp_path, BYTES, STORE, 1, 300)
+    second = CommitLog(adopted, BYTES)
     second.write(memoryview(pattern(BYTES + 900, salt=1)), 300)
     second.sync()
     assert on_disk(tmp_path, 0, BYTES + 1200) == pattern(300) + pattern(BYTES + 900, salt=1)
     second.close()
+    adopted.stop()
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite"])

@@ -7,11 +7,11 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import wait_until
 
 from shmbroker import failpoint
 from shmbroker._native._core import crc32c
@@ -179,13 +179,6 @@ def disarm() -> Iterator[None]:
     failpoint.arm("", "test")
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
-
-
 def test_the_pool_keeps_segments_and_a_reserve_ready_behind_the_writers(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     pool = SegmentPool(tmp_path, BYTES, STORE, 3, 0, on_capacity=lambda user, system: told.append((user, system)))
@@ -224,7 +217,7 @@ def test_the_writer_waits_for_a_step_of_zeros_and_no_other_follows(tmp_path: Pat
     writer = threading.Thread(target=lambda: taken.append(pool.take(0)))
     with ready.step:  # as the pool's thread does while it writes zeros
         writer.start()
-        until(lambda: 0 not in pool._ready)
+        wait_until(lambda: 0 not in pool._ready, "the writer at the segment")
         assert not taken
     writer.join(10)
     os.pwrite(taken[0].fd, b"\xaa" * BYTES, SEGMENT_HEADER_BYTES)
@@ -249,6 +242,7 @@ def test_a_segment_that_would_leave_a_gap_is_refused(tmp_path: Path) -> None:
     pool = pool_at(tmp_path)
     with pytest.raises(CorruptLog):
         pool.take(7 * BYTES)
+    pool.stop()
 
 
 def test_a_new_pool_adopts_what_stands_ready_and_makes_anew_what_does_not_hold(tmp_path: Path) -> None:
@@ -357,8 +351,8 @@ def test_a_failing_disk_while_filling_costs_speed_and_nothing_else(tmp_path: Pat
     pool = pool_at(tmp_path)
     failpoint.arm("segment.half_filled=errno:EIO@1", "test")
     pool.start()
-    until(lambda: pool.error is not None)
-    until(lambda: all(ready.filled == ready.segment.end for ready in list(pool._ready.values())))
+    wait_until(lambda: pool.error is not None, "the error noted")
+    wait_until(lambda: all(r.filled == r.segment.end for r in list(pool._ready.values())), "all filled or given up")
     assert pool.system_capacity == 4 * BYTES
     pool.take(0).close()
     pool.stop()

@@ -23,7 +23,7 @@ from typing import Final
 from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
-from shmbroker.record import Record, decode_record
+from shmbroker.record import Record, decode_record, padded
 from shmbroker.store.files import Disk
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, list_segments
 from shmbroker.store.segment_pool import SegmentPool
@@ -174,10 +174,12 @@ class LogReader:
             behind = consume(data, position) if data else position
             if behind > position:
                 position, size = behind, self._window_bytes
-            elif len(data) == size < self._segment_bytes:
-                size = min(2 * size, self._segment_bytes)  # a record larger than the window
-            else:
-                break  # it had all there is
+                continue
+            # Nothing used: either no record, or one larger than the window, which then is made as large.
+            wanted = padded(int.from_bytes(data[:4], "little"))
+            if not size < wanted <= self._segment_bytes:
+                break
+            size = wanted
         return position
 
     def explain(self, position: int, what: str) -> ShmBrokerError:
