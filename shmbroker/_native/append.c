@@ -5,11 +5,10 @@
  * readers' checks protect (ring bytes, index entries behind next_offset, last_position, the client's id window) need no
  * undo: they lie beyond what is published, or are compared with the record before they are believed.
  */
-#include <string.h>
-
 #include "failpoint.h"
 #include "id_window.h"
 #include "queue_index.h"
+#include "racy.h"
 #include "record.h"
 #include "ring.h"
 #include "undo.h"
@@ -151,7 +150,7 @@ static int make_plan(sb_region *r, uint32_t options, plan *p, uint64_t *needed)
 static uint8_t *put(uint8_t *to, const uint8_t *from, uint32_t bytes)
 {
     if (bytes) {
-        memcpy(to, from, bytes);
+        sb_racy_copy(to, from, bytes);
     }
     return to + bytes;
 }
@@ -180,12 +179,12 @@ static void write_record(const sb_region *r, const sb_item *item, uint64_t flush
     };
     h.crc = sb_record_crc(&h, item->payload_crc);
     uint8_t *at = r->ring + (item->position & r->ring_mask);
-    memcpy(at, &h, sizeof h);
+    sb_racy_copy(at, &h, sizeof h);
     at = put(at + sizeof h, item->tags, item->tags_bytes);
     at = put(at, item->keys, item->keys_bytes);
     at = put(at, item->properties, item->properties_bytes);
     at = put(at, item->body, item->body_bytes);
-    memset(at, 0, sb_padded(h.size) - h.size);
+    sb_racy_zero(at, sb_padded(h.size) - h.size);
 }
 
 static void write_filler(const sb_region *r, const plan *p, uint64_t flushed)
@@ -194,8 +193,8 @@ static void write_filler(const sb_region *r, const plan *p, uint64_t flushed)
                    .unflushed = (uint32_t)(p->tail - flushed), .queue_id = SB_NO_QUEUE};
     h.crc = sb_record_crc(&h, 0);
     uint8_t *at = r->ring + (p->tail & r->ring_mask);
-    memcpy(at, &h, sizeof h);
-    memset(at + sizeof h, 0, p->filler - sizeof h);
+    sb_racy_copy(at, &h, sizeof h);
+    sb_racy_zero(at + sizeof h, p->filler - sizeof h);
 }
 
 /* Records, index entries and queue counters; all beyond `tail`, so nobody sees any of it yet. */
@@ -242,7 +241,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             SB_FAILPOINT(append_half_copied);
         }
     }
-    memset(r->ring + (position & r->ring_mask), 0, p->gap);
+    sb_racy_zero(r->ring + (position & r->ring_mask), p->gap);
     SB_FAILPOINT(append_copied);
     if (code == SB_OK && q) {
         code = sb_undo_store(r, &q->next_offset, next); /* SYNC: queue-next */

@@ -10,6 +10,15 @@
 #include <string.h>
 #include <time.h>
 
+#if defined(__SANITIZE_THREAD__) /* GCC 12's does not know pthread_mutex_clocklock */
+#include <sanitizer/tsan_interface.h>
+#define TSAN_LOCKED(mutex) __tsan_acquire(mutex)
+#define TSAN_UNLOCKING(mutex) __tsan_release(mutex)
+#else
+#define TSAN_LOCKED(mutex) (void)(mutex)
+#define TSAN_UNLOCKING(mutex) (void)(mutex)
+#endif
+
 #define NS_PER_S 1000000000ll
 #define FUTEX_TID_BITS 0x3fffffffu /* linux/futex.h: FUTEX_TID_MASK */
 
@@ -62,11 +71,17 @@ int sb_mutex_try(pthread_mutex_t *mutex) { return mutex_code(pthread_mutex_trylo
 int sb_mutex_lock(pthread_mutex_t *mutex, int64_t deadline_ns)
 {
     struct timespec deadline = to_timespec(deadline_ns);
-    return mutex_code(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &deadline));
+    int code = mutex_code(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &deadline));
+    TSAN_LOCKED(mutex);
+    return code;
 }
 
 int sb_mutex_consistent(pthread_mutex_t *mutex) { return pthread_mutex_consistent(mutex) ? SB_BROKEN : SB_OK; }
-void sb_mutex_unlock(pthread_mutex_t *mutex) { (void)pthread_mutex_unlock(mutex); }
+void sb_mutex_unlock(pthread_mutex_t *mutex)
+{
+    TSAN_UNLOCKING(mutex);
+    (void)pthread_mutex_unlock(mutex);
+}
 
 uint32_t sb_mutex_holder(const pthread_mutex_t *mutex)
 {

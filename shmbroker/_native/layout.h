@@ -240,8 +240,8 @@ enum sb_client_state { SB_CLIENT_FREE = 0, SB_CLIENT_JOINING = 1, SB_CLIENT_LIVE
 /* A thread that waits (R6). state: owner client slot + 1 in the upper 24 bits, enum sb_wait in the lower 8. */
 typedef struct {
     _Alignas(SB_LINE) sb_half state; /* SYNC: waiter */
-    uint32_t kind;                   /* enum sb_wait_kind */
-    uint32_t group;                  /* consumers: slot of the group */
+    sb_half kind;                    /* enum sb_wait_kind. This and the next two: writer: the waiter, before state */
+    sb_half group;                   /* consumers: slot of the group */
     uint32_t reserved;
     sb_word target;                  /* flush, replication, space: a position */
     sb_word posted_ns;               /* when it was posted, for the janitor's backstop */

@@ -1,22 +1,10 @@
-/* ring.c: the reading half of ring.h. Readers take no lock: they copy first and believe afterwards (R8).
- *
- * Under ThreadSanitizer the copy is made word by word with atomics: the race is intended and decided by write_limit. */
+/* ring.c: the reading half of ring.h. Readers take no lock: they copy first and believe afterwards (R8). */
 #include "ring.h"
 
 #include <string.h>
 
+#include "racy.h"
 #include "record.h"
-
-static void copy_racy(uint8_t *to, const uint8_t *from, uint64_t bytes)
-{
-#if defined(__SANITIZE_THREAD__)
-    for (uint64_t i = 0; i < bytes; i++) {
-        to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
-    }
-#else
-    memcpy(to, from, bytes);
-#endif
-}
 
 /* Valid iff, after the copy, nobody had begun to overwrite it. SYNC: write_limit */
 static int still_there(const sb_region *r, uint64_t position)
@@ -36,7 +24,7 @@ int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
     if (!still_there(r, position)) {
         return SB_BEHIND;
     }
-    copy_racy((uint8_t *)header, r->ring + (position & r->ring_mask), sizeof *header);
+    sb_racy_copy(header, r->ring + (position & r->ring_mask), sizeof *header);
     if (!still_there(r, position)) {
         return SB_BEHIND;
     }
@@ -58,7 +46,7 @@ int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_
     if (room < header.size) {
         return SB_NO_SPACE;
     }
-    copy_racy(buffer, r->ring + (position & r->ring_mask), header.size);
+    sb_racy_copy(buffer, r->ring + (position & r->ring_mask), header.size);
     if (!still_there(r, position)) {
         return SB_BEHIND;
     }

@@ -42,7 +42,7 @@ static void begin_wait(sb_waiter *w, uint32_t kind, uint64_t target)
 {
     while (sb_semaphore_wait(&w->wake, 0) == SB_OK) { /* a credit left over from a post that came too late */
     }
-    w->kind = kind;
+    atomic_store_explicit(&w->kind, kind, memory_order_relaxed);
     sb_store(&w->target, target);
     uint32_t state = atomic_load(&w->state);
     atomic_store(&w->state, with_wait(state, SB_WAIT_WAITING)); /* SYNC: waiter */
@@ -221,7 +221,7 @@ uint32_t sb_wake_everybody(sb_region *r)
 void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const uint32_t *topics, uint32_t count)
 {
     sb_waiter *w = sb_waiter_at(r, slot);
-    w->group = group;
+    atomic_store_explicit(&w->group, group, memory_order_relaxed);
     begin_wait(w, SB_WAIT_MESSAGE, 0);
     for (uint32_t i = 0; i < count; i++) {
         if (topics[i] < r->limits.topics) {
