@@ -15,6 +15,7 @@
 typedef struct {
     uint64_t ring_bytes, segment_bytes, tail;
     uint32_t queues; /* of the one topic, "test" */
+    uint32_t spare_queues;
     uint32_t blocks, reserve_bytes;
 } broker_shape;
 
@@ -27,7 +28,7 @@ typedef struct {
 static inline void broker_open(broker *b, broker_shape shape)
 {
     sb_limits l = check_limits();
-    l.queues = shape.queues + 8;
+    l.queues = shape.queues + shape.spare_queues;
     l.blocks = shape.blocks;
     l.reserve_bytes = shape.reserve_bytes;
     l.max_message_bytes = (uint32_t)(shape.ring_bytes / 4);

@@ -285,7 +285,7 @@ static void a_topic_whose_creator_was_killed_exists_whole_or_not_at_all(void)
         }
         uint32_t slot, slots[8];
         uint64_t needed;
-        (void)setup();
+        broker_open(&b, (broker_shape){.ring_bytes = RING, .segment_bytes = SEGMENT, .queues = QUEUES, .spare_queues = 5, .blocks = 16});
         sb_failpoint_arm(kills[k].id, SB_FP_KILL, 1);
         CHECK_EQ(check_wait(check_fork(define_in_child, NULL)), -SIGKILL);
         sb_failpoint_arm(kills[k].id, SB_FP_OFF, 0);
