@@ -8,6 +8,8 @@ from pathlib import Path
 from support.command import shmbroker, shmbroker_json
 from support.store_builder import StoreBuilder
 
+from shmbroker.process import FileLock
+
 
 def build(directory: Path, messages: int = 200) -> StoreBuilder:
     """Several segments of messages, all synced, as the checkpoint says."""
@@ -161,3 +163,29 @@ def test_rebuild_names_an_entry_that_differs_and_replaces_it(tmp_path: Path) -> 
     assert difference["live"][0] == 12345
     assert shmbroker_json(tmp_path, "log", "rebuild", "--replace")["replaced"]
     assert shmbroker_json(tmp_path, "log", "rebuild")["differences"] == []
+
+
+def test_repair_cuts_at_the_damage_on_request_and_keeps_what_it_cut(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    damaged = store.places[70]
+    store.flip(damaged + 90)
+    before = store.place.path(damaged).read_bytes()
+    refused = shmbroker(tmp_path, "log", "repair", stdin=b"n\n")
+    assert refused.returncode == 1
+    assert store.place.path(damaged).read_bytes() == before
+    assert shmbroker_json(tmp_path, "log", "repair", "--yes")["end"] == damaged
+    verdict = shmbroker_json(tmp_path, "log", "verify")
+    assert (verdict["sound"], verdict["end"], verdict["records"]) == (True, damaged, 70)
+    assert store.place.path(damaged).with_suffix(".broken").read_bytes() == before
+    assert "nothing to repair" in shmbroker(tmp_path, "log", "repair").stdout
+
+
+def test_repair_and_replacing_are_refused_while_a_broker_has_the_directory(tmp_path: Path) -> None:
+    build(tmp_path)
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / "lock")
+    assert lock.acquire()
+    for arguments in (["log", "repair", "--yes"], ["log", "rebuild", "--replace"]):
+        done = shmbroker(tmp_path, *arguments)
+        assert (done.returncode, "stop it first" in done.stderr) == (3, True)
+    lock.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -169,17 +171,21 @@ def rebuild(session: Session, replace: bool) -> int:
 
     Leaves with 1 if something differs, 0 if nothing does or the rebuilt files have taken their place.
     """
-    from shmbroker import process
-    from shmbroker.store import rebuild as rebuilder
-
     paths = session.require_directory()
     derived = (paths.index / "data.mdb").exists()
     if not derived and not replace:
         raise Failure("there is nothing to compare with; --replace makes it from the log", ExitCode.FINDING)
-    paths.run.mkdir(mode=0o700, exist_ok=True)
-    lock = process.FileLock(paths.lock) if replace else None
-    if lock is not None and not lock.acquire():
-        raise Failure(f"a broker runs in {session.directory}; stop it, then replace", ExitCode.RETRY_LATER)
+    with _stopped(session) if replace else nullcontext():
+        found, rebuilt = _rebuild(session, derived=derived, replace=replace)
+    _report_rebuilt(session, rebuilt, found, replaced=replace)
+    return ExitCode.FINDING if found and not replace else ExitCode.OK
+
+
+def _rebuild(session: Session, *, derived: bool, replace: bool) -> tuple[list[dict[str, Any]], Rebuilt]:
+    """Differences between live and rebuilt files, and what was rebuilt. The side directory is gone afterwards."""
+    from shmbroker.store import rebuild as rebuilder
+
+    paths = session.paths
     stored = _open(session)
     end = stored.dispatched_end()
     side = paths.directory / REBUILT
@@ -202,10 +208,28 @@ def rebuild(session: Session, replace: bool) -> int:
     finally:
         shutil.rmtree(side, ignore_errors=True)
         stored.close()
-        if lock is not None:
-            lock.close()
-    _report_rebuilt(session, rebuilt, found, replaced=replace)
-    return ExitCode.FINDING if found and not replace else ExitCode.OK
+    return found, rebuilt
+
+
+@contextmanager
+def _stopped(session: Session) -> Iterator[None]:
+    """Hold the directory's lock: no broker runs, and none can start meanwhile."""
+    from shmbroker import process
+
+    paths = session.require_directory()
+    paths.run.mkdir(mode=0o700, exist_ok=True)
+    lock = process.FileLock(paths.lock)
+    try:
+        if not lock.acquire():
+            raise Failure(f"a broker runs in {session.directory}; stop it first", ExitCode.RETRY_LATER)
+        if session.attach() is not None:
+            raise Failure(
+                "a killed broker's memory may hold what is not on the disk; start the broker and stop it, then again",
+                ExitCode.RETRY_LATER,
+            )
+        yield
+    finally:
+        lock.close()
 
 
 def _report_rebuilt(session: Session, rebuilt: Rebuilt, found: list[dict[str, Any]], *, replaced: bool) -> None:
@@ -219,3 +243,47 @@ def _report_rebuilt(session: Session, rebuilt: Rebuilt, found: list[dict[str, An
         click.secho(f"! {difference['what']}: live {difference['live']}, log says {difference['rebuilt']}", fg="red")
     if len(found) > DIFFERENCES_SHOWN:
         click.echo(f"... and {len(found) - DIFFERENCES_SHOWN:,} more; --json lists all")
+
+
+@log.command()
+@common_options
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_session
+def repair(session: Session, yes: bool) -> int:
+    """Cut a damaged log at its first damaged place. Everything behind that place is lost; copies of it are kept.
+
+    \b
+    shmbroker log verify
+    shmbroker log repair --yes
+
+    The damaged segment and all behind it stay as SEGMENT.broken beside the log. The broker must not run. A backup is
+    the better way, if there is one.
+    """
+    from shmbroker.config import load
+    from shmbroker.store import recovery
+    from shmbroker.store.checkpoint import CheckpointFile
+    from shmbroker.store.log_end import LogPlace
+
+    with _stopped(session):
+        paths = session.paths
+        stored = _open(session)
+        with console.progress("verifying", stored.limit - stored.first) as advance:
+            verdict = stored.verify(advance)
+        stored.close()
+        if verdict.sound:
+            click.echo("the log is sound: nothing to repair", err=session.json)
+            return ExitCode.OK
+        place_of_cut = min(damage.position for damage in verdict.damages)
+        lost = max(verdict.end, verdict.durable) - place_of_cut
+        if not yes and not click.confirm(f"Cut the log at position {place_of_cut:,}? {console.size(lost)} are lost."):
+            raise Failure("nothing changed", ExitCode.FINDING)
+        ring_bytes = load(paths.directory).layout.ring_bytes
+        place = LogPlace(paths.log, stored.segment_bytes, ring_bytes, stored.store)
+        checkpoints = CheckpointFile(paths.checkpoint)
+        end = recovery.repair(place, checkpoints).end
+        checkpoints.close()
+    if session.json:
+        console.print_json({"end": end, "lost_bytes": lost})
+    else:
+        click.echo(f"cut at position {end:,}; what was behind it is in {paths.log}/*{recovery.BROKEN}")
+    return ExitCode.OK
