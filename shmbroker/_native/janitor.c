@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "claim.h"
+#include "membership.h"
 #include "wait.h"
 
 static uint64_t client_word(uint32_t pid, uint32_t generation, uint32_t state)
@@ -81,6 +82,9 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
             *released += n;
             wake_for(r, claims);
         }
+    }
+    for (uint32_t i = 0; i < r->limits.groups; i++) {
+        sb_group_leave(r, i, slot);
     }
     (void)sb_waiter_reap(r, slot);
     word = client_word(pid, generation, SB_CLIENT_DEAD);

@@ -39,6 +39,7 @@
 #define SB_BLOCK_SHIFT 7u
 #define SB_ROLES_MAX 8u
 #define SB_SUBSCRIPTION_BYTES 512u
+#define SB_CLIENT_WORDS 64u /* bitmap words: at most 4096 clients */
 
 typedef _Atomic uint64_t sb_word;
 typedef _Atomic uint32_t sb_half;
@@ -302,17 +303,19 @@ typedef struct {
     _Alignas(SB_LINE) sb_word state; /* enum sb_slot_state; append effect */
     uint32_t group_id;
     uint32_t flags;
-    sb_word subscription_hash; /* 0 while no live member has subscribed */
+    sb_word subscription_hash; /* 0: nobody has subscribed yet; definition lock, stored after the text */
     sb_word subscription_generation;
     char name[SB_NAME_BYTES];
     char subscription[SB_SUBSCRIPTION_BYTES]; /* JSON of the live subscription, definition lock; for messages and `status` */
+    sb_word members[SB_CLIENT_WORDS];         /* bit c: client slot c consumes in this group */
 } sb_group;
 
 /* Claims of one group in one queue (R9).
- * word, from the lowest bit: state 2 | slot 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
+ * word, from the lowest bit: state 2 | slot + 1: 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
  *   FREE: nobody has it; the deadline field holds the lap (offset / window), so that a late claimer cannot take the
  *         word for another offset. HELD: claimed by `slot` until `deadline` (0: prefetched, no deadline).
- *   MOVING: an append decides about it, nobody else may change it. ACKED: done; the base may pass it.
+ *   MOVING: an append decides about it, nobody else may change it; with slot field 0xfff: the claim went to the overflow
+ *         table. ACKED: done, the deadline field holds the lap; the base may pass it.
  */
 typedef struct {
     _Alignas(SB_LINE) pthread_mutex_t lock; /* robust; only for moving the base, by try-lock */
@@ -332,7 +335,7 @@ typedef struct {
     sb_word moving_slot;            /* claim lock: overflow slot + 1 being filled (repair) */
     sb_word delivered, acked, redelivered, refused; /* statistics */
     sb_word overflowed;             /* claims of this table in the overflow table */
-    sb_word recorded;               /* writer: dispatcher: base as last written to the log */
+    sb_word recorded;               /* writer: dispatcher: size and CRC of the progress record last written to the log */
     _Alignas(SB_LINE) sb_word word[]; /* claim_window of them */
 } sb_claims;
 

@@ -1,0 +1,59 @@
+/* membership.c: see membership.h. Under the definition lock; a member that is killed is taken out by its reaping. */
+#include "membership.h"
+
+#include <string.h>
+
+#include "definition.h"
+#include "janitor.h"
+
+static int has_live_member(const sb_region *r, const sb_group *g, uint32_t slot, int self_counts)
+{
+    for (uint32_t i = 0; i < r->limits.clients && i / 64 < SB_CLIENT_WORDS; i++) {
+        if ((sb_load(&g->members[i / 64]) >> (i % 64) & 1) == 0) {
+            continue;
+        }
+        if (i == slot ? self_counts : sb_client_state_of(sb_load(&sb_client_at(r, i)->state)) == SB_CLIENT_LIVE) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, uint64_t hash, const char *text, int self_counts, int64_t deadline_ns)
+{
+    if (group >= r->limits.groups || slot >= r->limits.clients || hash == 0 || strlen(text) >= SB_SUBSCRIPTION_BYTES) {
+        return SB_INVALID;
+    }
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    sb_group *g = sb_group_at(r, group);
+    uint64_t agreed = sb_load(&g->subscription_hash);
+    if (sb_load(&g->state) != SB_SLOT_LIVE) {
+        code = SB_GONE;
+    } else if (agreed != hash && agreed != 0 && has_live_member(r, g, slot, self_counts)) {
+        code = SB_EXISTS;
+    } else if (agreed != hash) {
+        for (uint32_t i = 0; i < SB_CLIENT_WORDS; i++) {
+            sb_store(&g->members[i], 0); /* the dead, and those of a deleted group in this slot */
+        }
+        sb_store(&g->subscription_hash, 0); /* a kill in between leaves a group that nobody has subscribed */
+        memset(g->subscription, 0, sizeof g->subscription);
+        memcpy(g->subscription, text, strlen(text));
+        sb_store(&g->subscription_hash, hash);
+        sb_add(&g->subscription_generation, 1);
+    }
+    if (code == SB_OK) {
+        (void)atomic_fetch_or(&g->members[slot / 64], 1ull << (slot % 64));
+    }
+    sb_definition_unlock(r);
+    return code;
+}
+
+void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
+{
+    if (group < r->limits.groups && slot / 64 < SB_CLIENT_WORDS) {
+        (void)atomic_fetch_and(&sb_group_at(r, group)->members[slot / 64], ~(1ull << (slot % 64)));
+    }
+}

@@ -1,0 +1,163 @@
+# received.pxi: ReceivedMessage, a lazy view of one delivered record, and where it came from.
+
+cdef extern from "claim.h" nogil:
+    ctypedef struct sb_claim:
+        uint64_t offset
+        uint64_t word
+    uint32_t sb_claim_attempts(uint64_t word)
+    uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
+    int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
+                      sb_claim *claim)
+    int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
+    uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
+    void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset)
+    uint64_t sb_claim_next(const sb_region *r, uint32_t table)
+    int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
+    int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms,
+                       sb_claim *renewed)
+    void sb_claim_base(sb_region *r, uint32_t table)
+    int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
+    int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
+
+cdef extern from "queue_index.h" nogil:
+    ctypedef struct sb_cursor:
+        uint32_t block
+        uint64_t first
+    int sb_index_lookup(const sb_region *r, uint32_t queue, uint64_t offset, uint64_t limit, uint32_t count,
+                        sb_cursor *cursor, uint64_t *positions, uint32_t *found)
+
+cdef enum:
+    HASHES_MAX = 64  # tags in one subscription
+
+
+cdef class TagFilter:
+    """The tags of one subscription. Hashes are compared in the ring, the strings on the copy (RocketMQ's two steps)."""
+    cdef frozenset tags
+    cdef uint32_t hashes[HASHES_MAX]
+    cdef uint32_t count
+
+    def __init__(self, tags):
+        cdef bytes tag
+        if len(tags) > HASHES_MAX:
+            raise _errors.BadRequest(f"{len(tags)} tags in one subscription, at most {HASHES_MAX}")
+        self.tags = frozenset(tags)
+        self.count = 0
+        for tag in self.tags:
+            self.hashes[self.count] = sb_tag_hash(<const uint8_t *>PyBytes_AS_STRING(tag), <uint32_t>len(tag))
+            self.count += 1
+
+    cdef inline bint may_match(self, uint32_t tag_hash) noexcept:
+        cdef uint32_t i
+        for i in range(self.count):
+            if self.hashes[i] == tag_hash:
+                return True
+        return False
+
+    cdef bint matches(self, bytes record):
+        cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(record) + SB_RECORD_HEADER, h.tags_bytes) in self.tags
+
+
+cdef class Source:
+    """One queue as one consumer reads it, with its claim table."""
+    cdef Client client
+    cdef str group
+    cdef str topic
+    cdef uint32_t group_slot, topic_slot, queue_slot, table
+    cdef uint32_t group_id, topic_id, queue_id
+    cdef sb_cursor cursor
+    cdef TagFilter filter  # None: every message
+    cdef dict ahead        # read from the files, not claimed yet: offset -> record, or None if retention took it
+
+    cdef inline bint is_current(self, sb_region *r) noexcept:
+        """The table still belongs to this group and queue; it is given to others when one of them is deleted."""
+        cdef sb_claims *c = sb_claims_at(r, self.table)
+        return (sb_load(&c.state) == SB_SLOT_LIVE and c.group_id == self.group_id and c.topic_id == self.topic_id
+                and c.queue_id == self.queue_id)
+
+
+@cython.freelist(1024)
+@cython.no_gc  # refers to bytes and to a Source, which never refers back
+cdef class ReceivedMessage:
+    """A delivered message: a lazy view of a private copy of its record; see _core.pyi."""
+    cdef bytes record
+    cdef Source source
+    cdef uint64_t receipt  # the claim word
+    cdef int fork_generation
+
+    def __init__(self):
+        raise TypeError("received messages come from a consumer's receive()")
+
+    cdef const sb_record *header(self) except NULL:
+        if self.fork_generation != sb_fork_generation:
+            raise _errors.ForkedHandleError(
+                "this message was received before a fork: it belongs to the parent, which acknowledges it")
+        return <const sb_record *>PyBytes_AS_STRING(self.record)
+
+    cdef bytes part(self, Py_ssize_t start, Py_ssize_t size):
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.record) + SB_RECORD_HEADER + start, size)
+
+    @property
+    def topic(self):
+        self.header()
+        return self.source.topic
+
+    @property
+    def group(self):
+        self.header()
+        return self.source.group
+
+    @property
+    def queue_id(self):
+        return self.header().queue_id
+
+    @property
+    def queue_offset(self):
+        return self.header().queue_offset
+
+    @property
+    def position(self):
+        return self.header().position
+
+    @property
+    def message_id(self):
+        cdef const sb_record *h = self.header()
+        return id_text(h.incarnation, h.sequence)
+
+    @property
+    def tags(self):
+        return self.part(0, self.header().tags_bytes).decode()
+
+    @property
+    def keys(self):
+        cdef const sb_record *h = self.header()
+        return self.part(h.tags_bytes, h.keys_bytes).decode()
+
+    @property
+    def properties(self):
+        cdef const sb_record *h = self.header()
+        return parse_properties(self.part(h.tags_bytes + h.keys_bytes, h.properties_bytes))
+
+    @property
+    def body(self):
+        cdef const sb_record *h = self.header()
+        cdef Py_ssize_t start = <Py_ssize_t>h.tags_bytes + h.keys_bytes + h.properties_bytes
+        return self.part(start, h.size - SB_RECORD_HEADER - start)
+
+    @property
+    def delivery_attempt(self):
+        return self.header().attempts + sb_claim_attempts(self.receipt)
+
+    @property
+    def born_timestamp(self):
+        return self.header().born_ns / 1e9
+
+    @property
+    def store_size(self):
+        return self.header().size
+
+    def __repr__(self):
+        if self.fork_generation != sb_fork_generation:
+            return "ReceivedMessage(of another process)"
+        return (f"ReceivedMessage({self.message_id}, {self.topic}[{self.queue_id}] offset {self.queue_offset}, "
+                f"attempt {self.delivery_attempt})")

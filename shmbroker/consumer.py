@@ -1,0 +1,161 @@
+"""SimpleConsumer: policy around the native receive path (what is subscribed, where lagging reads come from).
+
+The data path itself is ``_native/consumer.pxi`` (look, claim, copy) and ``_native/claim.c``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage
+from shmbroker.config import Config
+from shmbroker.errors import BadRequest, BrokerClosed, PositionGone, SubscriptionConflict, TopicNotExist
+from shmbroker.naming import check_group, check_topic
+from shmbroker.store.consume_queue import Entry
+
+logger = logging.getLogger("shmbroker.consumer")
+
+ALL: Final = "*"
+READ_AHEAD_BYTES: Final = 1 << 20  # read from the files at a time; one larger message is read all the same
+SUBSCRIPTION_BYTES_MAX: Final = 511
+
+
+class ConsumerHome(Protocol):
+    """What a consumer asks of the broker handle that made it."""
+
+    config: Config
+
+    def attach(self) -> Client:
+        """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
+
+    def read_log(self, position: int) -> bytes:
+        """The record at ``position`` from the log's files."""
+
+    def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
+        """Consume queue entries at or after ``offset`` from the files."""
+
+
+class SimpleConsumer(ConsumerCore):
+    """Fetches messages, and acknowledges each one when it is done with it. Thread-safe; of no use after a fork.
+
+    Any number of consumers, in any number of processes, share a group's queues: each message is delivered to one of
+    them. It is delivered again, with its ``delivery_attempt`` one higher, if it is not acknowledged before its invisible
+    time is over, or at once if the process that has it dies.
+
+    ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the same.
+    ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group that has
+    never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``.
+
+    Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
+    """
+
+    def __init__(
+        self,
+        home: ConsumerHome,
+        group: str,
+        subscriptions: Mapping[str, str],
+        *,
+        spin: bool = False,
+        consume_from: str = "first",
+    ) -> None:
+        if consume_from not in ("first", "last"):
+            raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
+        if not subscriptions:
+            raise BadRequest("a consumer subscribes to at least one topic")
+        super().__init__(home.attach(), check_group(group), spin=spin, from_last=consume_from == "last")
+        self._home = home
+        self._tags = {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        client = self._home.attach()
+        known = {topic["name"] for topic in client.region.topics()}
+        runtime = self._home.config.runtime
+        for topic in self._tags.keys() - known:
+            if not runtime.auto_create_topics:
+                raise TopicNotExist(f"topic {topic!r} does not exist and auto_create_topics is off")
+            client.region.define_topic(topic, runtime.default_topic_queues)
+        client.region.define_group(self.group)
+        text = format_subscription(self._tags)
+        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
+        tags = {topic: None if tags is None else [tag.encode() for tag in tags] for topic, tags in self._tags.items()}
+        if not self._bind(client, tags, text, digest):
+            agreed = next(group["subscription"] for group in client.region.groups() if group["name"] == self.group)
+            agreed = agreed.rstrip("\0")
+            raise SubscriptionConflict(
+                f"group {self.group!r}: its live members subscribe to {agreed}, this consumer to {text.decode()}. All "
+                "members of a group must subscribe alike, or messages would go to members that do not want them: use "
+                "another group, or stop the others first"
+            )
+
+    # ---- called by the native core for what is not the common case
+
+    def _reattach(self) -> None:
+        if self._home.attach() is self.client:
+            raise BrokerClosed("the broker is stopping")
+        self._subscribe()
+
+    def _read_behind(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[tuple[int, bytes | None]]:
+        found: list[tuple[int, bytes | None]] = []
+        size = 0
+        for entry in self._home.read_queue(topic_id, queue_id, offset, count):
+            found.append((entry.offset, self._read_at(entry.position)))
+            size += entry.size
+            if size >= READ_AHEAD_BYTES:
+                break
+        return found
+
+    def _read_at(self, position: int) -> bytes | None:
+        try:
+            return self._home.read_log(position)
+        except PositionGone:
+            return None
+
+    def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None:
+        logger.error(
+            "group %s: %d messages of %s[%d], from offset %d on, were deleted from the log before they were consumed",
+            self.group, count, topic, queue_id, first,
+        )  # fmt: skip
+
+    # ---- life
+
+    def close(self) -> None:
+        """Leave the group. What was received and not acknowledged stays invisible until its time is over."""
+        self._shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def parse_tags(expression: str) -> tuple[str, ...] | None:
+    """The tags of ``"a || b"``, sorted; None for all messages (``"*"`` or nothing). Raises BadRequest."""
+    if not isinstance(expression, str):
+        raise BadRequest(f"tag expression {expression!r}: must be a str")
+    tags = {tag.strip() for tag in expression.split("||")}
+    if tags in ({""}, {ALL}):
+        return None
+    if "" in tags or ALL in tags or any("|" in tag for tag in tags):
+        raise BadRequest(f"tag expression {expression!r}: '*', or tags separated by '||'")
+    return tuple(sorted(tags))
+
+
+def format_subscription(tags: Mapping[str, Sequence[str] | None]) -> bytes:
+    """What members of a group compare, and people read: JSON, the same bytes for the same subscription."""
+    expressions: dict[str, Any] = {topic: ALL if some is None else " || ".join(some) for topic, some in tags.items()}
+    text = json.dumps(expressions, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+    if len(text) > SUBSCRIPTION_BYTES_MAX:
+        raise BadRequest(f"the subscription takes {len(text)} bytes as JSON, at most {SUBSCRIPTION_BYTES_MAX} fit")
+    return text
+
+
+__all__ = ["ReceivedMessage", "SimpleConsumer"]
