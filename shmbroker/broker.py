@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.producer import Producer
     from shmbroker.store.commit_log import LogReader
+    from shmbroker.store.consume_queue import ConsumeQueues, Entry
 
 READ: Final = 4  # RocketMQ's permission bits
 WRITE: Final = 2
@@ -63,6 +64,7 @@ class Broker:
         self._closed = False
         self._children: weakref.WeakSet[Any] = weakref.WeakSet()
         self._log: LogReader | None = None
+        self._queues: ConsumeQueues | None = None
         self.config = Config.of(attached.descriptor.settings)
         self._watch()
         _handles.add(self)
@@ -93,6 +95,7 @@ class Broker:
                 self._attached = attached = connect(self._paths, self.config, timeout, may_start=running)
                 self.config = Config.of(attached.descriptor.settings)
                 self._log = None
+                self._queues = None
                 self._watch()
             return attached.client
 
@@ -162,6 +165,17 @@ class Broker:
                 self._log = LogReader(self._paths.log, self.config.layout.segment_bytes, store)
             return self._log.read(position).raw
 
+    def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
+        """At most ``count`` consume queue entries at or after ``offset``, from the files. Raises CorruptLog."""
+        with self._lock:
+            region = self.attach().region
+            if self._queues is None:
+                from shmbroker.store.consume_queue import ConsumeQueues
+
+                self._queues = ConsumeQueues(self._paths.queues, bytes.fromhex(self._attached.descriptor.store))
+            limit = min(region.get("flushed"), region.get("dispatched"))
+            return self._queues.read(topic_id, queue_id, offset, count, limit)
+
     def close(self) -> None:
         """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""
         with self._lock:
@@ -173,6 +187,8 @@ class Broker:
             self._attached.close()
             if self._log is not None:
                 self._log.close()
+            if self._queues is not None:
+                self._queues.close()
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +222,7 @@ class Broker:
         self._lock = threading.RLock()
         self._children = weakref.WeakSet()
         self._log = None
+        self._queues = None
 
 
 _handles: weakref.WeakSet[Broker] = weakref.WeakSet()

@@ -35,6 +35,8 @@ ShmBrokerError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ShmBrokerError(Exception):
     """Root of all errors of this library."""
@@ -108,7 +110,14 @@ class Refused(ShmBrokerError):
 
 
 class ReceiptExpired(Refused):
-    """The claim behind a received message is no longer the caller's: the message is, or will be, delivered again."""
+    """The claim behind a received message is no longer the caller's: the message is, or will be, delivered again.
+
+    ``messages`` are those of the call that this is true of; the others' acknowledgement stands.
+    """
+
+    def __init__(self, message: str, messages: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.messages = list(messages)
 
 
 class SubscriptionConflict(Refused):

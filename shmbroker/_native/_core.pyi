@@ -314,4 +314,28 @@ class ProducerCore:
     def _shut(self) -> None: ...
 
 class ConsumerCore:
-    """Fast path of SimpleConsumer."""
+    """Fast path of SimpleConsumer. Messages are claimed by compare-and-swap in shared memory; no lock, no system call."""
+    client: Client
+    group: str
+    spin: bool
+    lost: int  # messages that were deleted from the log before this consumer could read them
+    def __init__(self, client: Client, group: str, *, spin: bool = False, from_last: bool = False) -> None: ...
+    def receive(self, max_messages: int = 1, wait: float = 0.0, invisible: float = 60.0) -> list[ReceivedMessage]:
+        """At most ``max_messages`` messages, as soon as there is one; [] if none comes within ``wait`` seconds.
+
+        Each is this consumer's for ``invisible`` seconds (0.001 to 43,200): then it is delivered again unless it was
+        acknowledged. Messages of one queue come in the order of their offsets. Raises BadRequest, BrokerClosed,
+        ForkedHandleError, LimitReached (max_waiters), CorruptLog, BrokerFenced.
+        """
+    def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage]) -> None:
+        """These are done. Raises ReceiptExpired for those that are no longer this consumer's (``error.messages``); the
+        others are acknowledged all the same. BrokerFenced: another directory was promoted."""
+    def change_invisible_duration(self, message: ReceivedMessage, seconds: float) -> None:
+        """From now on ``message`` is this consumer's for ``seconds`` more; 0 gives it back at once. Raises ReceiptExpired."""
+    def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | None], text: bytes, text_hash: int) -> bool: ...
+    def _leave(self) -> None: ...
+    def _shut(self) -> None: ...
+    def _reattach(self) -> None: ...
+    def _read_behind(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[tuple[int, bytes | None]]: ...
+    def _read_at(self, position: int) -> bytes | None: ...
+    def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None: ...

@@ -572,8 +572,6 @@ cdef class ConsumerCore:
 cdef object expired_error(str doing, list messages):
     names = ", ".join(f"{m.topic}[{m.queue_id}] offset {m.queue_offset}" for m in messages[:5])
     more = f" and {len(messages) - 5} more" if len(messages) > 5 else ""
-    error = _errors.ReceiptExpired(
+    return _errors.ReceiptExpired(
         f"{doing}: no longer this consumer's (acknowledged already, or the invisible time is over and it was or will be "
-        f"delivered again): {names}{more}")
-    error.messages = messages
-    return error
+        f"delivered again): {names}{more}", messages)
