@@ -130,13 +130,13 @@ def test_a_file_cut_short_is_read_as_far_as_it_holds(tmp_path: Path, size: int) 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("at_pass", [1, 2, 3])
-@pytest.mark.parametrize("point", ["half_written", "synced"])
+@pytest.mark.parametrize("point", ["checkpoint.half_written", "checkpoint.synced"])
 def test_a_kill_while_writing_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, point: str, at_pass: int) -> None:
     path = tmp_path / "checkpoint"
     code = (
         "import sys; from pathlib import Path; from shmbroker import failpoint\n"
         "from shmbroker.store.checkpoint import Checkpoint, CheckpointFile\n"
-        f"failpoint.arm('checkpoint.{point}=kill@{at_pass}', 'test'); file = CheckpointFile(Path(sys.argv[1]))\n"
+        f"failpoint.arm('{point}=kill@{at_pass}', 'test'); file = CheckpointFile(Path(sys.argv[1]))\n"
         "for flushed in (1, 2, 3): file.write(Checkpoint(bytes(range(16)), flushed, flushed))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=30).returncode == -9

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.store_builder import RING, STORE, StoreBuilder
+from support.store_builder import RING, SEGMENT, STORE, StoreBuilder
 
 from shmbroker import failpoint
 from shmbroker._native._core import skim
@@ -179,6 +181,46 @@ def test_a_segment_stays_open_from_its_first_write_to_its_last_sync(log: CommitL
     log.sync()
     assert segment_name(0) not in open_segments()
     assert segment_name(BYTES) in open_segments()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "point",
+    [
+        "flusher.before_pwrite",
+        "flusher.pwrite",
+        "flusher.after_pwrite",
+        "flusher.before_fdatasync",
+        "flusher.after_fdatasync",
+    ],
+)
+@pytest.mark.parametrize("at_pass", [1, 9])
+def test_a_kill_inside_the_writer_loses_nothing_that_was_synced(tmp_path: Path, point: str, at_pass: int) -> None:
+    """E|m|m|...: written in pieces of 700 bytes, across records and segments; killed in the n-th of them."""
+    source = StoreBuilder(tmp_path / "source")
+    source.begin_epoch()
+    source.messages(80)
+    written = StoreBuilder(tmp_path / "written")
+    data = tmp_path / "bytes"
+    data.write_bytes(source.log_bytes())
+    code = (
+        "import sys; from pathlib import Path; from shmbroker import failpoint\n"
+        "from shmbroker.store.commit_log import CommitLog; from shmbroker.store.segment_pool import SegmentPool\n"
+        f"log = CommitLog(SegmentPool(Path(sys.argv[1]), {SEGMENT}, bytes(range(16)), 1, 0), {SEGMENT})\n"
+        "failpoint.arm(sys.argv[3], 'test'); data = memoryview(Path(sys.argv[2]).read_bytes())\n"
+        "for at in range(0, len(data), 700): log.write(data[at : at + 700], at); log.sync()"
+    )
+    action = "torn:333" if point == "flusher.pwrite" else "kill"
+    command = [sys.executable, "-c", code, str(written.log), str(data), f"{point}={action}@{at_pass}"]
+    assert subprocess.run(command, timeout=30).returncode == -9
+    # Killed, not unplugged: what was written is in the page cache, and so on what the next process reads.
+    there = 700 * at_pass if point not in ("flusher.before_pwrite", "flusher.pwrite") else 700 * (at_pass - 1)
+    there += 333 if point == "flusher.pwrite" else 0
+    written.checkpoint(flushed=max((place for place in source.places if place <= 700 * (at_pass - 1)), default=0))
+    result, _ = written.recover()
+    ends = [place + len(raw) for place, raw in zip(source.places, source.records, strict=True)]
+    assert result.end == max((end for end in ends if end <= there), default=0)
+    assert written.log_bytes(result.end) == source.log_bytes(result.end)
 
 
 # ---- readers

@@ -18,7 +18,7 @@ from support.store_builder import SEGMENT, StoreBuilder, check_sound, standard
 
 from shmbroker._native._core import decode_record
 from shmbroker.errors import CorruptLog
-from shmbroker.record import RecordKind, encode_record
+from shmbroker.record import RecordKind, SnapshotBody, encode_record
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile, Epoch
 from shmbroker.store.recovery import repair
 from shmbroker.store.segment import SegmentError, list_segments
@@ -107,6 +107,13 @@ def test_a_record_of_an_epoch_that_nobody_introduced_is_cut(log: StoreBuilder) -
     log.epoch = 3
     log.message()
     assert log.recover()[0].end == end
+
+
+def test_epochs_whose_records_are_gone_come_from_the_snapshot(log: StoreBuilder) -> None:
+    body = SnapshotBody(1, 1, epochs=((1, 0, 0), (2, 60, 1), (3, 99_999, 2))).encode()
+    log.append(RecordKind.SNAPSHOT_BEGIN, body)
+    log.append(RecordKind.SNAPSHOT_END, body)
+    assert log.recover()[0].epochs == (Epoch(1, 0, 0), Epoch(2, 60, 1)), "none that begins behind the end"
 
 
 def test_epochs_come_from_the_checkpoint_and_from_the_log(log: StoreBuilder) -> None:
@@ -326,12 +333,19 @@ def test_repair_cuts_at_the_hole_and_keeps_what_it_cut(log: StoreBuilder) -> Non
 # ---- kills
 
 
-POINTS = ["scanned", "removed", "tail_zeroed", "checkpoint_lowered", "cut", "done"]
+POINTS = [
+    "recovery.scanned",
+    "recovery.removed",
+    "recovery.tail_zeroed",
+    "recovery.checkpoint_lowered",
+    "recovery.cut",
+    "recovery.done",
+]
 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("first", POINTS)
-@pytest.mark.parametrize("second", [None, "removed", "cut"])
+@pytest.mark.parametrize("second", [None, "recovery.removed", "recovery.cut"])
 def test_a_kill_inside_recovery_changes_nothing_about_where_the_log_ends(
     tmp_path: Path, first: str, second: str | None
 ) -> None:
@@ -348,41 +362,10 @@ def test_a_kill_inside_recovery_changes_nothing_about_where_the_log_ends(
         "StoreBuilder(Path(sys.argv[1])).recover()"
     )
     for point in filter(None, (first, second)):
-        command = [sys.executable, "-c", code, str(tmp_path), f"recovery.{point}"]
+        command = [sys.executable, "-c", code, str(tmp_path), point]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(TESTS)}, timeout=30)
         assert done.returncode == -9 or (point == second and done.returncode == 0), "nothing left to do the second time"
     result, seen = log.recover()
     assert (result.end, result.epoch) == (group[0], 1)
     assert seen.positions == log.places[1:31]
     check_sound(log, result)
-
-
-@pytest.mark.crash
-@pytest.mark.parametrize("point", ["before_pwrite", "pwrite", "after_pwrite", "before_fdatasync", "after_fdatasync"])
-@pytest.mark.parametrize("at_pass", [1, 9])
-def test_a_kill_inside_the_writer_loses_nothing_that_was_synced(tmp_path: Path, point: str, at_pass: int) -> None:
-    """E|m|m|...: written in pieces of 700 bytes, across records and segments; killed in the n-th of them."""
-    source = StoreBuilder(tmp_path / "source")
-    source.begin_epoch()
-    source.messages(80)
-    written = StoreBuilder(tmp_path / "written")
-    data = tmp_path / "bytes"
-    data.write_bytes(source.log_bytes())
-    code = (
-        "import sys; from pathlib import Path; from shmbroker import failpoint\n"
-        "from shmbroker.store.commit_log import CommitLog; from shmbroker.store.segment_pool import SegmentPool\n"
-        f"log = CommitLog(SegmentPool(Path(sys.argv[1]), {SEGMENT}, bytes(range(16)), 1, 0), {SEGMENT})\n"
-        "failpoint.arm(sys.argv[3], 'test'); data = memoryview(Path(sys.argv[2]).read_bytes())\n"
-        "for at in range(0, len(data), 700): log.write(data[at : at + 700], at); log.sync()"
-    )
-    action = "torn:333" if point == "pwrite" else "kill"
-    command = [sys.executable, "-c", code, str(written.log), str(data), f"flusher.{point}={action}@{at_pass}"]
-    assert subprocess.run(command, timeout=30).returncode == -9
-    # Killed, not unplugged: what was written is in the page cache, and so on what the next process reads.
-    there = 700 * at_pass if point not in ("before_pwrite", "pwrite") else 700 * (at_pass - 1)
-    there += 333 if point == "pwrite" else 0
-    written.checkpoint(flushed=max((place for place in source.places if place <= 700 * (at_pass - 1)), default=0))
-    result, _ = written.recover()
-    ends = [place + len(raw) for place, raw in zip(source.places, source.records, strict=True)]
-    assert result.end == max((end for end in ends if end <= there), default=0)
-    assert written.log_bytes(result.end) == source.log_bytes(result.end)

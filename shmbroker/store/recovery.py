@@ -251,10 +251,12 @@ class _Reading:
                 epoch = EpochBody.parse(record.body)
                 self.epochs[epoch.epoch] = Epoch(epoch.epoch, epoch.start, epoch.previous)
             elif record.kind == RecordKind.SNAPSHOT_BEGIN:
-                self._begun = record.position, SnapshotBody.parse(record.body)
+                body = SnapshotBody.parse(record.body)
+                self._begun = record.position, body
+                self.epochs |= {item[0]: Epoch(*item) for item in body.epochs}
             elif record.kind == RecordKind.SNAPSHOT_END and self._begun is not None:
-                begin, body = self._begun
-                if SnapshotBody.parse(record.body) == body:
+                begin, wanted = self._begun
+                if SnapshotBody.parse(record.body) == wanted:
                     self._snapshot = begin
                 self._begun = None
         except ValueError as error:
