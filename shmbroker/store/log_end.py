@@ -131,7 +131,7 @@ def _record_at(reader: LogReader, position: int) -> Record | None:
 
 def _behind(reader: LogReader, place: LogPlace, hole: int) -> Iterator[tuple[memoryview, int]]:
     """What the disk holds from ``hole`` on, as far as unsynced data may reach; one segment's part at a time."""
-    position, end = hole, hole + place.ring_bytes
+    position, end = hole, hole + place.ring_bytes + place.ring_bytes // 4  # with a largest record begun there (R18)
     while position < end:
         yield reader.window(position, end, place.segment_bytes), position
         position = place.base(position) + place.segment_bytes
