@@ -44,12 +44,12 @@ class SimpleConsumer(ConsumerCore):
     """Fetches messages, and acknowledges each one when it is done with it. Thread-safe; of no use after a fork.
 
     Any number of consumers, in any number of processes, share a group's queues: each message is delivered to one of
-    them. It is delivered again, with its ``delivery_attempt`` one higher, if it is not acknowledged before its invisible
-    time is over, or at once if the process that has it dies.
+    them. It is delivered again, with its ``delivery_attempt`` one higher, if it is not acknowledged before its
+    invisible time is over, or at once if the process that has it dies.
 
-    ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the same.
-    ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group that has
-    never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``.
+    ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the
+    same. ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group
+    that has never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``.
 
     Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
     """

@@ -35,7 +35,10 @@ ShmBrokerError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ShmBrokerError(Exception):

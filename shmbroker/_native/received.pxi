@@ -30,7 +30,7 @@ cdef enum:
     HASHES_MAX = 64  # tags in one subscription
 
 
-cdef class TagFilter:
+cdef class _TagFilter:
     """The tags of one subscription. Hashes are compared in the ring, the strings on the copy (RocketMQ's two steps)."""
     cdef frozenset tags
     cdef uint32_t hashes[HASHES_MAX]
@@ -58,7 +58,7 @@ cdef class TagFilter:
         return PyBytes_FromStringAndSize(PyBytes_AS_STRING(record) + SB_RECORD_HEADER, h.tags_bytes) in self.tags
 
 
-cdef class Source:
+cdef class _Source:
     """One queue as one consumer reads it, with its claim table."""
     cdef Client client
     cdef str group
@@ -66,7 +66,7 @@ cdef class Source:
     cdef uint32_t group_slot, topic_slot, queue_slot, table
     cdef uint32_t group_id, topic_id, queue_id
     cdef sb_cursor cursor
-    cdef TagFilter filter  # None: every message
+    cdef _TagFilter filter  # None: every message
     cdef dict ahead        # read from the files, not claimed yet: offset -> record, or None if retention took it
 
     cdef inline bint is_current(self, sb_region *r) noexcept:
@@ -77,11 +77,11 @@ cdef class Source:
 
 
 @cython.freelist(1024)
-@cython.no_gc  # refers to bytes and to a Source, which never refers back
+@cython.no_gc  # refers to bytes and to a _Source, which never refers back
 cdef class ReceivedMessage:
     """A delivered message: a lazy view of a private copy of its record; see _core.pyi."""
     cdef bytes record
-    cdef Source source
+    cdef _Source source
     cdef uint64_t receipt  # the claim word
     cdef int fork_generation
 

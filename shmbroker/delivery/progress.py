@@ -7,9 +7,9 @@
   32 | first           | count  | attempts | kind |   ... as many as runs says
      +-----------------+--------+----------+------+
 
-All little-endian; ``_native/layout.h`` draws the same at ``sb_progress``. Runs are sorted by offset and disjoint. Below
-``base`` everything is acknowledged but the UNACKED runs (claims that outlived their window); from ``base`` on nothing is
-but the ACKED runs, and UNACKED runs tell the attempts of what was delivered.
+All little-endian; ``_native/layout.h`` draws the same at ``sb_progress``. Runs are sorted by offset and disjoint.
+Below ``base`` everything is acknowledged but the UNACKED runs (claims that outlived their window); from ``base`` on
+nothing is but the ACKED runs, and UNACKED runs tell the attempts of what was delivered.
 
 Two bodies about the same queue merge (the native core does it, ``_native/claim_progress.c``): the larger base, whatever
 either calls acknowledged, the larger number of attempts; a larger reset generation replaces a smaller one. So replaying
@@ -36,17 +36,17 @@ class RunKind(enum.IntEnum):
 
 
 class Run(NamedTuple):
-    """``count`` offsets from ``first`` on. ``attempts``: deliveries made so far, 0 for ACKED."""
+    """``length`` offsets from ``first`` on. ``attempts``: deliveries made so far, 0 for ACKED."""
 
     first: int
-    count: int
+    length: int
     attempts: int
     kind: RunKind
 
     @property
     def end(self) -> int:
         """The first offset behind the run."""
-        return self.first + self.count
+        return self.first + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def decode_progress(body: bytes) -> Progress:
 def _check_runs(base: int, runs: tuple[Run, ...]) -> None:
     behind = 0
     for run in runs:
-        if run.count < 1 or run.first < behind:
+        if run.length < 1 or run.first < behind:
             raise ValueError(f"{run} overlaps the run before it, is out of order, or is empty")
         if run.kind is RunKind.ACKED and (run.first < base or run.attempts):
             raise ValueError(f"{run}: acknowledged offsets are named from the base {base} on only, without attempts")

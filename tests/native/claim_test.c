@@ -443,6 +443,15 @@ static void racing_threads_that_hold_release_and_overflow_ack_each_message_exact
 
 #define CRASH_MESSAGES 600u
 
+static int failpoint_named(const char *name)
+{
+    int id = 0;
+    while (strcmp(sb_failpoint_name(id), name) != 0) {
+        CHECK(++id < SB_FP_COUNT);
+    }
+    return id;
+}
+
 static void crash_consumer(void *argument)
 {
     const int *point = argument;
@@ -454,14 +463,14 @@ static void crash_consumer(void *argument)
 /* At each edge: what the dead one had acked stays acked, what it held comes back, nothing is lost or acked twice. */
 static void a_kill_at_any_edge_loses_nothing_and_repeats_no_ack(void)
 {
-    const int edges[] = {SB_FP_claim_taken,    SB_FP_claim_acked,  SB_FP_claim_pending, SB_FP_claim_half_reset,
-                         SB_FP_claim_base,     SB_FP_claim_reserved, SB_FP_claim_moving, SB_FP_claim_moved};
+    const char *const edges[] = {"claim.taken", "claim.acked",    "claim.pending", "claim.half_reset",
+                                 "claim.base",  "claim.reserved", "claim.moving",  "claim.moved"};
     const int passes[] = {1, 2, 5, 9};
     for (size_t e = 0; e < sizeof edges / sizeof edges[0]; e++) {
         for (size_t p = 0; p < sizeof passes / sizeof passes[0]; p++) {
             setup(0, CRASH_MESSAGES);
             acked_by = check_shared(CRASH_MESSAGES);
-            int point[] = {edges[e], passes[p]};
+            int point[] = {failpoint_named(edges[e]), passes[p]};
             sb_claim blocker = take(0, 1, FAR); /* makes the window fill, so that claims move */
             CHECK_EQ(check_wait(check_fork(crash_consumer, point)), -SIGKILL);
             (void)sb_claims_reap(&region, table, 7);
@@ -476,7 +485,7 @@ static void a_kill_at_any_edge_loses_nothing_and_repeats_no_ack(void)
                 CHECK(acked_by[o] <= 1);
                 unrecorded += acked_by[o] == 0;
             }
-            CHECK(unrecorded <= (edges[e] == SB_FP_claim_acked)); /* killed between its ack and our count of it */
+            CHECK(unrecorded <= (strcmp(edges[e], "claim.acked") == 0)); /* killed between its ack and our count of it */
             CHECK_EQ(base(), CRASH_MESSAGES);
             CHECK_EQ(sb_load(&claims()->moving_slot), 0);
             CHECK(munmap(acked_by, CRASH_MESSAGES) == 0);
