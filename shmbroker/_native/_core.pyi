@@ -227,7 +227,7 @@ class Region:
         """Append records of one kind as one atomic group, with the system's reserve. (position, end position)."""
 
     # definitions; each appends its record in the same atomic append that makes it live
-    def define_topic(self, name: str, queues: int, permission: int, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
+    def define_topic(self, name: str, queues: int, permission: int = 6, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
                      record: bool = True) -> int:
         """Create a topic, or alter an existing one (more queues, permission). Returns its id. ``record=False`` restores
         what the log already says (recovery)."""
