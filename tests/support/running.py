@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.processes import SMALL, processes_of
 from support.waiting import wait_until
 
 import shmbroker
@@ -20,23 +21,7 @@ from shmbroker.store.commit_log import LogReader
 from shmbroker.store.rebuild import Difference, differences, rebuild
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, SegmentHeader, list_segments
 
-SMALL: dict[str, Any] = {
-    "ring_bytes": 1 << 20,
-    "segment_bytes": 1 << 20,
-    "max_message_bytes": 64 << 10,
-    "max_topics": 16,
-    "max_queues": 64,
-    "max_groups": 8,
-    "max_clients": 16,
-    "max_waiters": 64,
-    "claim_tables": 16,
-    "claim_window": 256,
-    "overflow_claims": 64,
-    "id_window": 1024,
-    "embed_grace": 0.05,
-    "progress_interval": 0.05,
-    "checkpoint_interval": 0.1,
-}
+QUICK: dict[str, Any] = {**SMALL, "embed_grace": 0.05, "progress_interval": 0.05, "checkpoint_interval": 0.1}
 
 
 @contextmanager
@@ -44,13 +29,13 @@ def running(directory: Path, failpoints: str = "", **settings: Any) -> Iterator[
     """An open broker; afterwards its processes have gone, by themselves or killed."""
     os.environ["SHMBROKER_FAILPOINTS"] = failpoints
     try:
-        broker = shmbroker.open(directory, **(SMALL | settings))
+        broker = shmbroker.open(directory, **(QUICK | settings))
     finally:
         del os.environ["SHMBROKER_FAILPOINTS"]
     try:
         yield broker
     finally:
-        processes = workers_of(directory)
+        processes = processes_of(directory)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
@@ -60,17 +45,6 @@ def running(directory: Path, failpoints: str = "", **settings: Any) -> Iterator[
             process.kill()
         psutil.wait_procs(alive, timeout=5)
         assert not alive, f"did not leave by themselves: {alive}"
-
-
-def workers_of(directory: Path, role: str = "") -> list[psutil.Process]:
-    """The processes that serve a directory, as ``ps`` shows them."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if str(directory) in command and any(part.startswith(f"shmbroker.workers.{role}") for part in command):
-                found.append(process)
-    return found
 
 
 def worker_pid(broker: shmbroker.Broker, role: str) -> int:
