@@ -16,16 +16,16 @@ LIMITS = {
 
 
 @contextmanager
-def memory(**limits: int) -> Iterator[Region]:
+def memory(ring_bytes: int = RING_BYTES, segment_bytes: int = 1 << 20, **limits: int) -> Iterator[Region]:
     """A formatted region in state RUNNING whose disk never fills. Shared with forked children."""
     merged = LIMITS | limits
-    control_bytes, ring_bytes = Region.sizes(merged, RING_BYTES)
+    control_bytes, _ = Region.sizes(merged, ring_bytes)
     control, ring = os.memfd_create("control"), os.memfd_create("ring")
     try:
         os.ftruncate(control, control_bytes)
         os.ftruncate(ring, ring_bytes)
         region = Region.create(
-            control, ring, merged, RING_BYTES, 1 << 20, tail=0, epoch=1, instance=bytes(16), boot_id=bytes(16),
+            control, ring, merged, ring_bytes, segment_bytes, tail=0, epoch=1, instance=bytes(16), boot_id=bytes(16),
             directory=(0, 0), namespaces=(0, 0), ring_name="memfd",
         )  # fmt: skip
     finally:
