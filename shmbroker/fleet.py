@@ -76,14 +76,26 @@ class Fleet:
             signal.pidfd_send_signal(member.pidfd, signal.SIGKILL)
         return self._bury(member, member.process) == 0
 
+    def pid(self, role: str) -> int:
+        """The process that was started for a role; 0 if there is none at the moment."""
+        member = self._members.get(role)
+        return 0 if member is None or member.process is None else member.process.pid
+
+    def kill(self, role: str) -> None:
+        """End a worker that has nothing worth finishing, and start it no more."""
+        member = self._members.pop(role, None)
+        if member is not None and member.process is not None:
+            signal.pidfd_send_signal(member.pidfd, signal.SIGKILL)
+            self._bury(member, member.process)
+
     def _spawn(self, member: _Member) -> None:
-        environment = dict(os.environ)
+        environment = {**os.environ, process.SUPERVISOR_KEY: str(os.getpid())}
         if member.starts:
             environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         log_fd = os.open(self._paths.worker_log(member.role), flags, 0o600)
-        # Blocked signals stay blocked over an exec: a worker told to leave while its interpreter is still starting hears
-        # of it once it can finish properly (leave_on_signals).
+        # Blocked signals stay blocked over an exec: a worker told to leave while its interpreter is still starting
+        # hears of it once it can finish properly (leave_on_signals).
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             member.process = subprocess.Popen(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
+import signal
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +28,7 @@ from shmbroker._native._core import Region
 from shmbroker.config import LAYOUT_RULES, Config
 from shmbroker.delivery.restore import Restoration
 from shmbroker.descriptor import Descriptor, read_descriptor, write_descriptor
-from shmbroker.errors import AttachRefused, ConfigError, NotReady
+from shmbroker.errors import ConfigError, NotReady
 from shmbroker.failpoint import failpoint
 from shmbroker.fleet import Fleet
 from shmbroker.memory import Leftover
@@ -49,16 +49,6 @@ WORKERS: Final = ("flusher", "dispatcher", "janitor")  # in the order in which t
 EPOCH_TIMEOUT_NS: Final = 10_000_000_000
 ORPHAN_TIMEOUT: Final = 10.0
 DRAIN_TIMEOUT: Final = 30.0  # seconds for each worker to finish; then what is not on the disk stays in memory
-
-
-def check_owner(paths: BrokerPaths) -> None:
-    """Raise AttachRefused unless this process runs as the owner of the directory, to whom the memory will belong."""
-    owner = paths.directory.stat().st_uid
-    if owner != os.geteuid():
-        raise AttachRefused(
-            f"{paths.directory} belongs to user {owner}, this process runs as user {os.geteuid()}: start the broker as "
-            "the directory's owner"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +157,7 @@ def _identify(paths: BrokerPaths, config: Config, checkpoints: CheckpointFile) -
             config = config.replace(segment_bytes=header.segment_bytes)
         return header.store, config
     checkpoint = checkpoints.read()
-    return (checkpoint.store if checkpoint is not None else secrets.token_bytes(16)), config
+    return (checkpoint.store if checkpoint is not None else os.urandom(16)), config
 
 
 def begin_epoch(region: Region, epoch: EpochBody) -> None:
@@ -219,9 +209,9 @@ def drain(region: Region, paths: BrokerPaths, fleet: Fleet) -> bool:
     """
     region.set("state", memory.STATE_DRAINING)
     failpoint("supervisor.draining")  # leaves memory that the next supervisor takes over
-    done = fleet.stop("dispatcher", DRAIN_TIMEOUT)  # progress, snapshot, clean checkpoint: the flusher still works
-    done = fleet.stop("flusher", DRAIN_TIMEOUT) and done  # flushes up to tail before it leaves
-    fleet.stop("janitor", DRAIN_TIMEOUT)
+    done = _finish(region, fleet, "dispatcher")  # progress, snapshot, clean checkpoint: the flusher still works
+    done = _finish(region, fleet, "flusher") and done  # flushes up to tail before it leaves
+    _finish(region, fleet, "janitor")
     left = region.get("tail") - region.get("flushed")
     if not done or left:
         log.error("no clean stop: %d bytes are only in memory, which is kept for the next start", left)
@@ -232,6 +222,21 @@ def drain(region: Region, paths: BrokerPaths, fleet: Fleet) -> bool:
         memory.remove(paths, descriptor)
     region.close()
     return True
+
+
+def _finish(region: Region, fleet: Fleet, role: str) -> bool:
+    """Let the worker of a role finish and leave, whoever started it: a process manager may run workers of its own."""
+    at_work = next((worker for worker in region.workers() if worker["role"] == role), None)
+    if at_work is None or at_work["pid"] == fleet.pid(role):
+        return fleet.stop(role, DRAIN_TIMEOUT)
+    pidfd = process.open_pidfd(at_work["pid"], at_work["start_ticks"])
+    if pidfd is None:
+        return fleet.stop(role, DRAIN_TIMEOUT)
+    fleet.kill(role)  # ours, if there is one, only waits for the role
+    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    left = process.wait_ended(pidfd, DRAIN_TIMEOUT)
+    os.close(pidfd)
+    return left
 
 
 def abandon(paths: BrokerPaths) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,7 +52,7 @@ def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch
     sizes = Region.sizes(limits, config.layout.ring_bytes)
     _check_free(sum(sizes))
     control_name, ring_name = object_names()
-    instance = secrets.token_bytes(16)
+    instance = os.urandom(16)
     boot_id = process.boot_id()
     descriptor = Descriptor(
         control_name,

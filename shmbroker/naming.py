@@ -5,8 +5,8 @@ The rules for topics and groups are RocketMQ's, so that names can move between t
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from pathlib import Path
 from typing import Final, NewType
 
@@ -78,7 +78,7 @@ def segment_start(name: str) -> Position | None:
 
 def object_names() -> tuple[str, str]:
     """Names for a new control and ring object: random, so that nobody can occupy them beforehand."""
-    token = secrets.token_hex(16)
+    token = os.urandom(16).hex()
     return f"/{OBJECT_PREFIX}{token}-c", f"/{OBJECT_PREFIX}{token}-r"
 
 

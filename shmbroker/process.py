@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from shmbroker._native import _core
 
+SUPERVISOR_KEY: Final = "SHMBROKER_SUPERVISOR_PID"  # in a worker's environment: whose memory it is to work on
 _FLOCK: Final = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 _LOCK_POLL_SECONDS: Final = 0.05
 

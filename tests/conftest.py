@@ -20,9 +20,7 @@ SHM = Path("/dev/shm")
 def directory(tmp_path: Path) -> Iterator[Path]:
     """Where a test may make a broker. It is stopped afterwards, and must not have left anything in memory."""
     place = tmp_path / "broker"
-    before = {
-        path.name for path in SHM.iterdir()
-    }  # inodes come round again: others' leftovers may bear our directory's
+    before = {path.name for path in SHM.iterdir()}  # left by others, perhaps naming our inode
     yield place
     wait_until(lambda: not processes_of(place), "the broker gone after the test", deadline=10.0)
     assert set(objects_of(place)) <= before

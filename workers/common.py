@@ -50,7 +50,8 @@ SLEEP_IDLE: Final = 1  # any append ends the sleep
 SLEEP_TICK: Final = 2  # only urgent work ends it
 
 ROLE_LOCK_TIMEOUT: Final = 10.0  # an orphan of a killed supervisor flushes and leaves first
-ATTACH_TIMEOUT: Final = 10.0
+ATTACH_TIMEOUT: Final = 60.0  # a log may have to be scanned first
+_LOOK_SECONDS: Final = 0.005
 _LOG_FORMAT: Final = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(message)s"
 
 
@@ -131,11 +132,15 @@ def exit_code(error: Exception) -> int:
 
 def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int:
     failpoint.arm_from_environment(role)
+    region, descriptor, supervisor = attach(paths, ATTACH_TIMEOUT)
     lock = process.FileLock(paths.role_lock(role))
     if not lock.acquire(ROLE_LOCK_TIMEOUT):
         logging.getLogger(f"shmbroker.{role}").error("another process is the %s of this broker", role)
         return EXIT_ROLE_TAKEN
-    region, descriptor, supervisor = attach(paths, ATTACH_TIMEOUT)
+    # Memory can be replaced only by a supervisor that has seen all role locks free. So while this one lives, and from
+    # here on in any case, what we are attached to is the memory that counts.
+    if process.has_ended(supervisor):
+        raise NotReady("the supervisor has died")
     worker = Worker(role, paths, region, descriptor)
     logging.getLogger("shmbroker").setLevel(worker.config.runtime.log_level)
     region.worker_register(role)
@@ -150,17 +155,23 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
 def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]:
     """Memory, descriptor and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
     deadline = time.monotonic() + timeout
+    ours = int(
+        os.environ.get(process.SUPERVISOR_KEY, "0")
+    )  # 0: started by a process manager, for whoever serves the directory
     while True:
         found = memory.attach(paths)
         if found is not None:
             region, descriptor = found
-            supervisor = process.open_pidfd(region.get("supervisor_pid"), region.get("supervisor_start_ticks"))
-            if supervisor is not None:
+            pid = region.get("supervisor_pid")
+            supervisor = process.open_pidfd(pid, region.get("supervisor_start_ticks"))
+            if supervisor is not None and ours in (0, pid):
                 return region, descriptor, supervisor
             region.close()
-        if time.monotonic() > deadline:
+            if supervisor is not None:
+                os.close(supervisor)
+        if time.monotonic() > deadline or ours not in (0, os.getppid()):
             raise NotReady(f"no broker runs in {paths.directory}")
-        time.sleep(0.01)  # started by hand before the supervisor: there is nothing yet that could be waited on
+        time.sleep(_LOOK_SECONDS)  # started before the memory stands: there is nothing yet that could be waited on
 
 
 def leave_on_signals(request_stop: Callable[[], None]) -> None:

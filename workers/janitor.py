@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from shmbroker.workers import common
-
 from shmbroker.janitor import Janitor
+from shmbroker.workers import common
 
 
 def serve(worker: common.Worker) -> None:

@@ -18,14 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from shmbroker.workers import common
-
-from shmbroker import failpoint, lifecycle, memory, process
+from shmbroker import failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
-from shmbroker.errors import NotReady
+from shmbroker.errors import AttachRefused, NotReady
 from shmbroker.fleet import Fleet
 from shmbroker.naming import BrokerPaths
+from shmbroker.workers import common
 
 LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping
 LOOK_SECONDS: Final = 0.1  # an embedded broker counts its clients so often
@@ -51,12 +50,16 @@ class Supervisor:
 
     def serve(self, tell_ready: Callable[[], None]) -> int:
         """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code."""
-        lifecycle.check_owner(self._paths)
         fleet = Fleet(self._paths, log)
+        # Its interpreter starts while this one loads the rest and reads the log; it waits for the memory.
+        fleet.start(["flusher"])
+        from shmbroker import lifecycle
+
         try:
             region, config = self._start(fleet)
         except BaseException:
             lifecycle.abandon(self._paths)
+            fleet.kill("flusher")
             raise
         tell_ready()
         fleet.start(["dispatcher", "janitor"])
@@ -69,12 +72,14 @@ class Supervisor:
 
     def _start(self, fleet: Fleet) -> tuple[Region, Config]:
         """Everything up to the first send."""
+        from shmbroker import lifecycle
+
         opened = lifecycle.open_memory(self._paths, self._config)
         region, config = opened.region, opened.config
         logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
         lifecycle.announce(region, config, embedded=self._embedded)
         region.worker_register("supervisor")
-        fleet.start(["flusher"])  # it makes room on the disk, without which nobody can append
+        fleet.tend(0.0)
         if opened.epoch is not None:
             lifecycle.begin_epoch(region, opened.epoch)
         lifecycle.run(region)
@@ -82,10 +87,12 @@ class Supervisor:
 
     def _stay(self, region: Region, fleet: Fleet, grace: float) -> None:
         """Keep the workers running until told to stop or, embedded, until nobody is attached any more."""
+        from shmbroker.lifecycle import live_clients
+
         last_seen = time.monotonic()
         while not self._stop_requested:
             fleet.tend(LOOK_SECONDS if self._embedded else 3600.0, self._wake_read)
-            if not self._embedded or lifecycle.live_clients(region):
+            if not self._embedded or live_clients(region):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
                 return
@@ -93,8 +100,10 @@ class Supervisor:
 
 def _nobody_comes(region: Region) -> bool:
     """Refuse senders, then count again: a client that attached at the last moment is served on."""
+    from shmbroker.lifecycle import live_clients
+
     region.set("state", memory.STATE_DRAINING)
-    if lifecycle.live_clients(region):
+    if live_clients(region):
         region.set("state", memory.STATE_RUNNING)
         return False
     return True
@@ -107,6 +116,17 @@ def take_directory(paths: BrokerPaths) -> process.FileLock:
         raise NotReady(f"another supervisor serves {paths.directory}")
     failpoint.failpoint("supervisor.locked")
     return lock
+
+
+def check_owner(paths: BrokerPaths) -> None:
+    """Make the directory if there is none. Raises AttachRefused if it is another's, to whom the memory would belong."""
+    paths.make()
+    owner = paths.directory.stat().st_uid
+    if owner != os.geteuid():
+        raise AttachRefused(
+            f"{paths.directory} belongs to user {owner}, this process runs as user {os.geteuid()}: start the broker as "
+            "the directory's owner"
+        )
 
 
 def _is_stopping(paths: BrokerPaths) -> bool:
@@ -146,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_process_name("shmb-supervisor")
     try:
         return _run(paths, arguments.config, arguments.embedded)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the opener and stderr are told
+    except Exception as error:  # whatever it is, the opener and stderr are told
         failure = error
     print(f"shmbroker: {failure}", file=sys.stderr)
     report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
@@ -156,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
     failpoint.arm_from_environment("supervisor")
     config = load(paths.directory, file) if report_fd is None else Config.of(json.load(sys.stdin))
-    paths.make()
+    check_owner(paths)
     common.start_log("supervisor", paths, to_stderr=report_fd is None)
     lock = take_directory(paths)
     supervisor = Supervisor(paths, config, embedded=report_fd is not None)
