@@ -157,7 +157,7 @@ def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]
     deadline = time.monotonic() + timeout
     ours = int(
         os.environ.get(process.SUPERVISOR_KEY, "0")
-    )  # 0: started by a process manager, for whoever serves the directory
+    )  # 0: started by a process manager
     while True:
         found = memory.attach(paths)
         if found is not None:
