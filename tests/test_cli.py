@@ -311,7 +311,7 @@ def test_a_second_server_is_refused(server: Path) -> None:
 
 def test_a_backup_holds_everything_sent_before_it_and_opens_as_a_broker(server: Path, tmp_path: Path) -> None:
     sent = [f"{number} {'x' * 3000}" for number in range(1000)]  # about three segments
-    shmbroker_json(server, "send", "--topic", "t", "--batch", "100", stdin=feed(sent))
+    shmbroker_json(server, "send", "--topic", "t", "--batch", "50", stdin=feed(sent))
     copy = tmp_path / "copy"
     answer = shmbroker_json(server, "backup", str(copy))
     assert answer["messages"] == 1000

@@ -56,7 +56,7 @@ def bench(only: Sequence[str], quick: bool, full: bool, json_file: Path | None, 
 
     \b
     make bench
-    python -m shmbroker.tools.bench --quick --only burst --only durable --json figures.json
+    shmbroker bench --quick --only burst --only durable --json figures.json
 
     Figures are medians of runs that alternate with runs of their floor. Leaves with 0 if every target was reached,
     else with 1.

@@ -85,8 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    # Not cli.main: it answers a broken pipe and Ctrl-C in its own way, with code 1.
     try:
-        result: Any = cli.main(args=arguments, prog_name="shmbroker", standalone_mode=False)
+        with cli.make_context("shmbroker", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            result: Any = cli.invoke(context)
+    except click.exceptions.Exit as leaving:  # --help and --version
+        return leaving.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -97,7 +101,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return ExitCode.INTERRUPTED
     except Terminated:
         return ExitCode.TERMINATED
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has enough of it
         _drop_stdout()
         return ExitCode.OK
     except (ShmBrokerError, OSError) as error:
