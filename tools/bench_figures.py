@@ -122,12 +122,13 @@ def _sustained(bench: Bench, body_bytes: int, total: int) -> tuple[float, float]
     calls = total // (100 * record_bytes(body_bytes))
     sent_bytes = calls * 100 * record_bytes(body_bytes)
     settings = {"segments_ahead": total // SEGMENT_BYTES + 2, "segment_bytes": SEGMENT_BYTES}
+    with (
+        bench.broker(**settings) as (broker, directory, region),
+        broker.producer(processes.GROUP) as producer,
+    ):
 
-    def figure() -> float:
-        with bench.broker(**settings) as (broker, _, region), broker.producer(processes.GROUP) as producer:
-            last = producer.send_batch(batch)
-            needed = region.get("tail") + sent_bytes
-            wait_until(lambda: region.get("user_capacity") >= needed, "segments made ahead", 120)
+        def figure() -> float:
+            wait_until(lambda: inside.ready_bytes(directory) >= sent_bytes, "zero-filled segments", 300)
             wait_until(lambda: inside.drained(region), "an empty ring")
             begin = time.perf_counter()
             for _ in range(calls):
@@ -135,7 +136,7 @@ def _sustained(bench: Bench, body_bytes: int, total: int) -> tuple[float, float]
             wait_until(lambda: region.get("flushed") >= last.end_position, "the last flush")
             return sent_bytes / (time.perf_counter() - begin)
 
-    return alternate(bench.repeats - 2, lambda: bench.floors.sequential_write(MIB, total), figure)
+        return alternate(bench.repeats - 2, lambda: bench.floors.sequential_write(MIB, total), figure)
 
 
 def end_to_end(bench: Bench) -> Results:

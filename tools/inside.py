@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from shmbroker import memory
 from shmbroker._native._core import Region
 from shmbroker.descriptor import read_descriptor
 from shmbroker.errors import NotReady
-from shmbroker.naming import BrokerPaths
+from shmbroker.naming import BrokerPaths, segment_name
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES, list_segments
 
 
 @contextmanager
@@ -30,6 +32,22 @@ def drained(region: Region) -> bool:
     """True when no worker has anything left to do for what was appended."""
     tail = region.get("tail")
     return region.get("flushed") == tail == region.get("dispatched")
+
+
+def ready_bytes(directory: Path) -> int:
+    """Bytes of log that fit into segments which stand ready and were already written over with zeros."""
+    ready = 0
+    paths = BrokerPaths(directory)
+    with attached(directory) as region:
+        tail, segment_bytes = region.get("tail"), region.segment_bytes
+    for base in list_segments(paths.log):
+        with (paths.log / segment_name(base)).open("rb") as stream:
+            filled = os.lseek(stream.fileno(), SEGMENT_HEADER_BYTES, os.SEEK_HOLE) - SEGMENT_HEADER_BYTES
+        if base > tail:  # the one that is written to is no longer filled
+            if filled < segment_bytes:
+                break
+            ready += segment_bytes
+    return ready
 
 
 def worker_pids(region: Region) -> dict[str, int]:
