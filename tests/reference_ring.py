@@ -221,7 +221,8 @@ class ReferenceRing:
     def _index(self, drafts: Sequence[Draft], positions: Sequence[int]) -> list[int]:
         """Queue offsets of the drafts, with an index entry for each; NO_INDEX leaves all but taken blocks as it was."""
         before = [(queue.next_offset, queue.bytes, list(queue.chain), queue.index_first) for queue in self.queues]
-        pool, taken = list(self._pool), []
+        pool = list(self._pool)
+        taken: list[Block] = []
         offsets = []
         for draft, position in zip(drafts, positions, strict=True):
             if draft.kind != KIND_MESSAGE:

@@ -108,7 +108,7 @@ class KeyIndex:
         if record.flags & RecordFlag.DEDUP:
             entry = _DEDUP.pack(span, record.incarnation, record.sequence, record.position)
             self._entries["dedup"].append((entry, b""))
-        elif record.sequence == 1 or record.sequence % SEQUENCES_PER_ENTRY == 0:
+        elif record.sequence == 1 or (record.sequence and record.sequence % SEQUENCES_PER_ENTRY == 0):
             number = _ID.pack(span, record.incarnation, record.sequence // SEQUENCES_PER_ENTRY)
             self._lowest.setdefault(number, record.position)
 
@@ -155,9 +155,9 @@ class KeyIndex:
         with self._environment.begin(write=True) as transaction:
             for name in TABLES:
                 cursor = transaction.cursor(self._tables[name])
-                more = cursor.set_range(first)
-                while more:
-                    more = cursor.delete() if _position_of(cursor.item()) >= position else cursor.next()
+                items = cursor.iternext() if cursor.set_range(first) else ()
+                for key in [item[0] for item in items if _position_of(item) >= position]:
+                    transaction.delete(key, db=self._tables[name])
             transaction.put(b"position", _U64.pack(position), db=self._tables["meta"])
         self._position = position
 

@@ -24,8 +24,8 @@ class _Producer(ProducerCore):
     def _choose_queue(self, _message: Message, _count: int, *choice: Any) -> int:
         return int(choice[-1])
 
-    def _dedup_id(self, _message: Message, dedup_key: Any) -> tuple[int, int]:
-        incarnation, sequence = dedup_key
+    def _dedup_id(self, _message: Message, dedup_key: str) -> tuple[int, int]:
+        incarnation, sequence = map(int, dedup_key.split())
         return incarnation, sequence
 
     def _read_log(self, position: int) -> bytes:
@@ -40,7 +40,8 @@ class NativeRing:
         self.shape = shape
         region.define_topic(TOPIC, shape.queues, record=False)
         self._producer = _Producer(Client(region, "test"), "test", send_timeout=0, sync_flush_timeout=0)
-        self._producer.log = self._log = {}
+        self._log: dict[int, bytes] = {}
+        self._producer.log = self._log
 
     def close(self) -> None:
         self._producer.client.close()
@@ -60,7 +61,7 @@ class NativeRing:
 
     def send_once(self, draft: Draft, dedup_id: tuple[int, int]) -> Placed:
         with _codes():
-            result = self._producer.send(_message(draft), 0, queue_id=draft.queue, dedup_key=dedup_id)
+            result = self._producer.send(_message(draft), 0, queue_id=draft.queue, dedup_key="{} {}".format(*dedup_id))
         if result.duplicate:
             return Placed((result.position,), (), 0, duplicate=True)
         return self._placed([result])
