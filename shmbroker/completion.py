@@ -1,4 +1,4 @@
-"""The thread behind ``send_async``: positions only grow, so results become durable in the order in which they were stored,
+"""The thread behind ``send_async``: positions only grow, so results become durable in the order they were stored in,
 and one thread that waits for the first answers them all in turn."""
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Completion:
             callback.on_success(outcome)
 
     def close(self) -> None:
-        """Return when every callback has been called. A callback may close its own producer: it does not wait for itself."""
+        """Return when every callback has been called. A callback may close its own producer: it is not awaited then."""
         with self._order, self._changed:  # a send that is under way registers first
             self._closing = True
             self._changed.notify_all()

@@ -48,7 +48,7 @@ class ProducerHome(Protocol):
 class Producer(ProducerCore):
     """Sends messages to topics. Thread-safe; in a forked child it attaches anew with its first send (R25).
 
-    ``send`` answers with a ``SendResult`` once the message is as durable as the broker's ``flush_disk_type`` promises, or
+    ``send`` answers with a ``SendResult`` once the message is as durable as the broker's ``flush_disk_type`` says, or
     raises with nothing stored. ``group`` is the producer group: a name for people, and who is asked about transactions.
     """
 
@@ -90,7 +90,7 @@ class Producer(ProducerCore):
             raise BadRequest("give one of queue_id, sharding_key and selector")
         if queue_id is not None:
             return queue_id
-        if sharding_key is not None:  # the same key meets the same queue in every process and for as long as queues stay
+        if sharding_key is not None:  # the same key meets the same queue in every process, for as long as queues stay
             return crc32c(sharding_key.encode() if isinstance(sharding_key, str) else sharding_key) % count
         assert selector is not None
         return selector(range(count), message, argument)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class SendStatus(IntEnum):
-    """Whichever it is: the message is stored in memory and will be delivered. They differ in what is proven beyond that."""
+    """Whichever it is: the message is stored in memory and will be delivered. They differ in what is proven beyond."""
 
     SEND_OK = 0  # as durable as the broker's flush_disk_type and broker_role promise
     FLUSH_DISK_TIMEOUT = 1  # SYNC_FLUSH: not known to be on the disk in time, or the disk failed

@@ -25,6 +25,7 @@ LONG_FILES: dict[str, str] = {
     "shmbroker/_native/wait.c": "flag, fence, look again: both sides of every wake-up stand beside each other",
     "tests/native/claim_test.c": "one program per header, so that a sanitizer sees all of its races",
     "tests/native/ring_test.c": "likewise",
+    "tests/native/wait_test.c": "likewise",
     "tools/bench_floors.c": "one program of independent parts, so that no build stands before a benchmark",
 }
 

@@ -155,9 +155,7 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
 def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]:
     """Memory, descriptor and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
     deadline = time.monotonic() + timeout
-    ours = int(
-        os.environ.get(process.SUPERVISOR_KEY, "0")
-    )  # 0: started by a process manager
+    ours = int(os.environ.get(process.SUPERVISOR_KEY, "0"))  # 0: started by a process manager
     while True:
         found = memory.attach(paths)
         if found is not None:

@@ -10,7 +10,7 @@ import errno
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
 from shmbroker.delivery.upkeep import Upkeep
@@ -49,7 +49,8 @@ def serve(worker: common.Worker) -> None:
         thread.stop()
     if worker.draining and not worker.orphaned:
         upkeep.finish(lambda position: catch_up(worker, dispatcher, position))
-    for opened in (checkpoints, index, *readers, queues, own_queues):
+    closing: list[Any] = [checkpoints, index, *readers, queues, own_queues]
+    for opened in closing:
         opened.close()
 
 

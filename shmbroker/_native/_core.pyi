@@ -153,6 +153,8 @@ class SendResult:
 class BatchResult(Sequence[SendResult]):
     """Lazy: the SendResult of message i is made when asked for."""
     status: Any
+    topic: str
+    queue_id: int
     end_position: int
     @overload
     def __getitem__(self, index: int) -> SendResult: ...
@@ -273,8 +275,16 @@ class Client:
     slot: int
     generation: int
     incarnation: int
+    closed: bool
     def close(self) -> None: ...
     def wait_flushed(self, position: int, timeout_ns: int) -> bool: ...
+
+class TopicRoute:
+    """A topic as a producer knows it; looked up again when the definitions have moved."""
+    name: str
+    topic_id: int
+    count: int              # queues
+    permission: int
 
 class ProducerCore:
     """The send path. A subclass resolves missing topics, chooses queues and ids, and sends again after a restart."""

@@ -10,10 +10,10 @@ cdef extern from "membership.h" nogil:
 
 cdef enum:
     TOPICS_MAX = 64  # in one subscription
-    POLLED_MAX = 256 # queues looked at while spinning; the others when something else happens
+    POLLED_MAX = 256  # queues looked at while spinning; the others when something else happens
 
-cdef int64_t SPIN_NS = 50_000       # without the GIL, between two looks at signals and the clock
-cdef int64_t STALLED_NS = 2_000_000 # until a message that only the files have is asked for again
+cdef int64_t SPIN_NS = 50_000  # without the GIL, between two looks at signals and the clock
+cdef int64_t STALLED_NS = 2_000_000  # until a message that only the files have is asked for again
 cdef double INVISIBLE_MAX = 12 * 3600.0
 
 # (id of the client, group slot) -> consumers of this process in that group; guarded by the GIL.

@@ -123,4 +123,5 @@ cdef class BatchResult:
         return confirm_position(self.client, self.end_position, timeout)
 
     def __repr__(self):
-        return f"BatchResult({self.status.name}, {self.count} messages, {self.topic}[{self.queue_id}] from offset {self.first_offset})"
+        return (f"BatchResult({self.status.name}, {self.count} messages, {self.topic}[{self.queue_id}] "
+                f"from offset {self.first_offset})")

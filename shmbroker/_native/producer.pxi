@@ -278,7 +278,8 @@ cdef class ProducerCore:
     def _read_log(self, uint64_t position):
         raise NotImplementedError
 
-    cdef SendResult send_once(self, SendResult result, Message message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+    cdef SendResult send_once(self, SendResult result, Message message, timeout, selector, argument, sharding_key,
+                              queue_id, dedup_key):
         self.store(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
         if message.wait_store_ok:
             result.status = self.durability(result.client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)

@@ -155,25 +155,25 @@ cdef sb_word *mark(sb_region *r, str name) except NULL:
 
 
 cdef sb_limits make_limits(object limits) except *:
-    cdef sb_limits l
-    memset(&l, 0, sizeof(l))
+    cdef sb_limits sized
+    memset(&sized, 0, sizeof(sized))
     if set(limits) != set(LIMIT_NAMES):
         raise ValueError(f"limits must name exactly {LIMIT_NAMES}")
-    l.clients = limits["clients"]
-    l.waiters = limits["waiters"]
-    l.topics = limits["topics"]
-    l.queues = limits["queues"]
-    l.groups = limits["groups"]
-    l.claim_tables = limits["claim_tables"]
-    l.claim_window = limits["claim_window"]
-    l.overflow_claims = limits["overflow_claims"]
-    l.ids = limits["ids"]
-    l.blocks = limits["blocks"]
-    l.reserve_bytes = limits["reserve_bytes"]
-    l.max_message_bytes = limits["max_message_bytes"]
-    if sb_control_size(&l) == 0:
+    sized.clients = limits["clients"]
+    sized.waiters = limits["waiters"]
+    sized.topics = limits["topics"]
+    sized.queues = limits["queues"]
+    sized.groups = limits["groups"]
+    sized.claim_tables = limits["claim_tables"]
+    sized.claim_window = limits["claim_window"]
+    sized.overflow_claims = limits["overflow_claims"]
+    sized.ids = limits["ids"]
+    sized.blocks = limits["blocks"]
+    sized.reserve_bytes = limits["reserve_bytes"]
+    sized.max_message_bytes = limits["max_message_bytes"]
+    if sb_control_size(&sized) == 0:
         raise _errors.ConfigError(f"a limit is out of range: {dict(limits)}")
-    return l
+    return sized
 
 
 cdef dict header_dict(const sb_header *h):
@@ -209,15 +209,15 @@ cdef class Region:
 
     @staticmethod
     def sizes(limits, uint64_t ring_bytes):
-        cdef sb_limits l = make_limits(limits)
-        return sb_control_size(&l), ring_bytes
+        cdef sb_limits sized = make_limits(limits)
+        return sb_control_size(&sized), ring_bytes
 
     @staticmethod
     def create(int control_fd, int ring_fd, limits, uint64_t ring_bytes, uint64_t segment_bytes, *, uint64_t tail,
                uint32_t epoch, bytes instance, bytes boot_id, directory, namespaces, str ring_name):
         cdef Region region = Region.__new__(Region)
         cdef sb_header h
-        cdef sb_limits l = make_limits(limits)
+        cdef sb_limits sized = make_limits(limits)
         cdef bytes name = ring_name.encode()
         if len(instance) != 16 or len(boot_id) != 16 or len(name) >= sizeof(h.ring_name):
             raise ValueError("instance and boot_id are 16 bytes, ring_name at most 63")
@@ -231,8 +231,8 @@ cdef class Region:
         memcpy(h.ring_name, <const char *>name, len(name))
         if sb_region_map(&region.r, control_fd, ring_fd, 1) != SB_OK:
             raise _errors.LayoutMismatch("cannot map the broker's memory: wrong sizes")
-        region.waiter_owner = l.clients + <uint32_t>ROLES["supervisor"]
-        if region.r.ring_bytes != ring_bytes or sb_region_format(&region.r, &h, &l, tail, epoch) != SB_OK:
+        region.waiter_owner = sized.clients + <uint32_t>ROLES["supervisor"]
+        if region.r.ring_bytes != ring_bytes or sb_region_format(&region.r, &h, &sized, tail, epoch) != SB_OK:
             raise _errors.LayoutMismatch("the memory objects do not have the sizes that these limits need")
         return region
 
@@ -280,11 +280,11 @@ cdef class Region:
 
     @property
     def limits(self):
-        cdef sb_limits *l = &self.open().limits
+        cdef sb_limits *limits = &self.open().limits
         return {
-            "clients": l.clients, "waiters": l.waiters, "topics": l.topics, "queues": l.queues, "groups": l.groups,
-            "claim_tables": l.claim_tables, "claim_window": l.claim_window, "overflow_claims": l.overflow_claims,
-            "ids": l.ids, "blocks": l.blocks, "reserve_bytes": l.reserve_bytes, "max_message_bytes": l.max_message_bytes,
+            "clients": limits.clients, "waiters": limits.waiters, "topics": limits.topics, "queues": limits.queues, "groups": limits.groups,
+            "claim_tables": limits.claim_tables, "claim_window": limits.claim_window, "overflow_claims": limits.overflow_claims,
+            "ids": limits.ids, "blocks": limits.blocks, "reserve_bytes": limits.reserve_bytes, "max_message_bytes": limits.max_message_bytes,
         }
 
     def get(self, str word):
@@ -449,7 +449,8 @@ cdef class Region:
             return code
         raise code_error(r, code, f"{what} {name!r}")
 
-    def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None, bint record=True):
+    def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None,
+                     bint record=True):
         cdef sb_region *r = self.open()
         cdef uint32_t slot = 0
         if self.define("defining topic", name, queues, permission, topic_id, record, &slot) == SB_TABLE_FULL:

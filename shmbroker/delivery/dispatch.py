@@ -83,7 +83,7 @@ class Source:
         data = self._view[start : start + size]
         found = Scan(*dispatch_scan(data, position, epoch, self._region.segment_bytes, PASS_RECORDS))
         if found.why == "invalid" or not self._in_ring(position):
-            return None  # overwritten while it was read, or older than this memory, which began at a recovered log's end
+            return None  # overwritten while it was read, or older than this memory, which began behind a recovered log
         return found
 
     def _in_ring(self, position: int) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import psutil
 from support.waiting import DEADLINE, wait_until
@@ -21,7 +21,7 @@ from shmbroker import memory, process
 from shmbroker.naming import BrokerPaths
 
 # Small tables, so that many brokers fit beside each other and starts are quick.
-SMALL: Final[dict[str, object]] = {
+SMALL: Final[dict[str, Any]] = {
     "ring_bytes": "1 MiB",
     "segment_bytes": "1 MiB",
     "max_topics": 16,
