@@ -282,9 +282,11 @@ cdef class Region:
     def limits(self):
         cdef sb_limits *limits = &self.open().limits
         return {
-            "clients": limits.clients, "waiters": limits.waiters, "topics": limits.topics, "queues": limits.queues, "groups": limits.groups,
+            "clients": limits.clients, "waiters": limits.waiters, "topics": limits.topics,
+            "queues": limits.queues, "groups": limits.groups,
             "claim_tables": limits.claim_tables, "claim_window": limits.claim_window, "overflow_claims": limits.overflow_claims,
-            "ids": limits.ids, "blocks": limits.blocks, "reserve_bytes": limits.reserve_bytes, "max_message_bytes": limits.max_message_bytes,
+            "ids": limits.ids, "blocks": limits.blocks, "reserve_bytes": limits.reserve_bytes,
+            "max_message_bytes": limits.max_message_bytes,
         }
 
     def get(self, str word):
