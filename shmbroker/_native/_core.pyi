@@ -229,9 +229,9 @@ class Region:
         """Append records of one kind as one atomic group, with the system's reserve. (position, end position)."""
 
     # definitions; each appends its record in the same atomic append that makes it live
-    def define_topic(self, name: str, queues: int, permission: int = 6, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
+    def define_topic(self, name: str, queues: int, permission: int = 0, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
                      record: bool = True) -> int:
-        """Create a topic, or alter an existing one (more queues, permission). Returns its id. ``record=False`` restores
+        """Create a topic, or alter an existing one (more queues, permission; 0: as it is, 6 if new). Returns its id. ``record=False`` restores
         what the log already says (recovery)."""
     def delete_topic(self, name: str, record: bool = True) -> None: ...
     def define_group(self, name: str, group_id: int = 0, record: bool = True) -> int: ...
