@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from support.processes import SMALL, Child, kill_all
@@ -17,6 +18,7 @@ from shmbroker import Message, ReceivedMessage, SimpleConsumer
 from shmbroker._native._core import decode_record, encode_record
 from shmbroker.broker import Broker
 from shmbroker.consumer import format_subscription, parse_tags
+from shmbroker.record import RecordKind
 
 WINDOW = int(str(SMALL["claim_window"]))
 OVERFLOW = int(str(SMALL["overflow_claims"]))
@@ -56,6 +58,11 @@ def drain(consumer: SimpleConsumer, count: int, *, batch: int = 32) -> list[byte
         bodies += [message.body for message in messages]
         consumer.ack(messages)
     return bodies
+
+
+def asleep(broker: Broker) -> bool:
+    """Whether some consumer sleeps."""
+    return any(waiter["kind"] == "message" and waiter["state"] == "waiting" for waiter in broker.region.waiters())
 
 
 def bodies_of(messages: list[ReceivedMessage]) -> list[bytes]:
@@ -130,9 +137,7 @@ def test_a_waiting_consumer_is_woken_by_a_send(broker: Broker, spin: bool) -> No
         thread = threading.Thread(target=wait)
         thread.start()
         if not spin:
-            wait_until(
-                lambda: any(waiter["kind"] == "message" for waiter in broker.region.waiters()), "the consumer asleep"
-            )
+            wait_until(lambda: asleep(broker), "the consumer asleep")
         sent = time.monotonic()
         send(broker, b"wake up")
         thread.join(10.0)
@@ -150,16 +155,14 @@ def test_receive_waits_as_long_as_it_was_told_and_no_longer(broker: Broker) -> N
 def test_ctrl_c_ends_a_long_wait(directory: Path) -> None:
     source = """
         import sys, shmbroker
-        with shmbroker.open(sys.argv[1], **eval(sys.argv[2])) as broker:
-            with broker.simple_consumer("audit", {"orders": "*"}) as consumer:
-                print("waiting")
-                try:
-                    consumer.receive(wait=600.0)
-                except KeyboardInterrupt:
-                    print("interrupted")
+        with shmbroker.open(sys.argv[1]) as broker, broker.simple_consumer("audit", {"orders": "*"}) as consumer:
+            try:
+                consumer.receive(wait=600.0)
+            except KeyboardInterrupt:
+                print("interrupted")
     """
-    with Child(source, directory, SMALL) as child:
-        assert child.read_line() == "waiting"
+    with shmbroker.open(directory, **SMALL) as broker, Child(source, directory) as child:
+        wait_until(lambda: asleep(broker), "the consumer asleep")
         os.kill(child.pid, signal.SIGINT)
         assert child.read_line() == "interrupted"
         assert child.wait() == 0
@@ -215,7 +218,7 @@ def test_giving_a_message_back_wakes_a_waiting_member(broker: Broker) -> None:
         found: list[bytes] = []
         thread = threading.Thread(target=lambda: found.extend(bodies_of(other.receive(wait=20.0))))
         thread.start()
-        wait_until(lambda: any(w["kind"] == "message" for w in broker.region.waiters()), "the other asleep")
+        wait_until(lambda: asleep(broker), "the other asleep")
         consumer.change_invisible_duration(message, 0.0)
         thread.join(10.0)
         assert found == [b"work"]
@@ -239,7 +242,7 @@ def test_two_processes_never_get_the_same_message(directory: Path) -> None:
                         got[child] += [int(word) for word in child.read_line().split()]
         everything = got[first] + got[second]
         assert sorted(everything) == list(range(2000))
-        assert len(got[first]) > 100 and len(got[second]) > 100
+        assert min(len(got[first]), len(got[second])) > 100
 
 
 def test_a_killed_consumer_gives_exactly_what_it_had_not_acknowledged_to_the_others(directory: Path) -> None:
@@ -303,15 +306,13 @@ def test_only_messages_with_a_subscribed_tag_are_delivered(broker: Broker) -> No
 
 
 def test_tags_with_the_same_hash_are_told_apart(broker: Broker) -> None:
-    seen: dict[int, str] = {}
-    for i in range(1_000_000):
-        hashed = decode_record(encode_record(position=0, epoch=1, flushed=0, kind=1, body=b"", tags=f"t{i}")).tag_hash
-        if hashed in seen:
-            wanted, alike = seen[hashed], f"t{i}"
+    random, seen = Random(20261121), dict[int, str]()
+    while True:  # two of a hundred thousand random tags have the same 32 bits
+        alike = f"{random.getrandbits(64):016x}"
+        raw = encode_record(position=0, epoch=1, flushed=0, kind=RecordKind.MESSAGE, body=b"", tags=alike)
+        wanted = seen.setdefault(decode_record(raw).tag_hash, alike)
+        if wanted != alike:
             break
-        seen[hashed] = f"t{i}"
-    else:
-        pytest.fail("no two of a million tags have the same 32-bit hash")
     send(broker, b"alike", tags=alike)
     send(broker, b"wanted", tags=wanted)
     with broker.simple_consumer("audit", {"orders": wanted}) as consumer:
@@ -423,17 +424,24 @@ def test_progress_survives_a_clean_restart(directory: Path) -> None:
 
 def test_progress_survives_the_death_of_every_process_of_the_broker(directory: Path) -> None:
     """The memory stays: not even the last millisecond of acknowledgements is lost."""
-    broker = shmbroker.open(directory, **SMALL)
-    broker.create_topic("orders", queues=1)
-    send(broker, *numbered(20))
-    with Child(CONSUMER, directory) as child:
-        assert child.read_line() == "ready"
-        child.write_line("ack 10")
-        assert len(child.read_line().split()) == 10
+    source = """
+        import sys, shmbroker
+        from shmbroker import Message
+        broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
+        broker.create_topic("orders", queues=1)
+        broker.producer("test").send_batch([Message("orders", b"%d" % i) for i in range(20)])
+        consumer = broker.simple_consumer("audit", {"orders": "*"})
+        consumer.ack(consumer.receive(10))
+        print(len(consumer.receive(3)))
+        sys.stdin.read()
+    """
+    with Child(source, directory, SMALL) as child:
+        assert child.read_line() == "3"
         kill_all(directory)
-        child.kill()
-    with broker, broker.simple_consumer("audit", ALL) as consumer:
-        assert drain(consumer, 10) == numbered(10, 10)
+    with shmbroker.open(directory, **SMALL) as broker, broker.simple_consumer("audit", ALL) as consumer:
+        messages = [message for _ in range(10) for message in consumer.receive(1, wait=10.0)]
+        assert sorted(int(body) for body in bodies_of(messages)) == list(range(10, 20))
+        assert {m.queue_offset: m.delivery_attempt for m in messages} == {i: 1 + (i < 13) for i in range(10, 20)}
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------
@@ -458,7 +466,13 @@ def test_after_a_fork_consumer_and_messages_are_the_parents(broker: Broker) -> N
 
 def test_nonsense_is_refused(broker: Broker) -> None:
     with broker.simple_consumer("audit", ALL) as consumer:
-        for bad in ({"max_messages": 0}, {"wait": -1.0}, {"wait": float("nan")}, {"invisible": 0.0}, {"invisible": 43201.0}):
+        for bad in (
+            {"max_messages": 0},
+            {"wait": -1.0},
+            {"wait": float("nan")},
+            {"invisible": 0.0},
+            {"invisible": 43201.0},
+        ):
             with pytest.raises(shmbroker.BadRequest):
                 consumer.receive(**bad)
         with pytest.raises(TypeError):

@@ -6,13 +6,19 @@
 #include "definition.h"
 #include "janitor.h"
 
+/* The janitor needs a moment to see a death; a subscription must not be refused for the sake of a dead member. */
+static int is_live(const sb_client *c)
+{
+    return sb_client_state_of(sb_load(&c->state)) == SB_CLIENT_LIVE && sb_start_ticks((uint32_t)sb_load(&c->pid)) == sb_load(&c->start_ticks);
+}
+
 static int has_live_member(const sb_region *r, const sb_group *g, uint32_t slot, int self_counts)
 {
     for (uint32_t i = 0; i < r->limits.clients && i / 64 < SB_CLIENT_WORDS; i++) {
         if ((sb_load(&g->members[i / 64]) >> (i % 64) & 1) == 0) {
             continue;
         }
-        if (i == slot ? self_counts : sb_client_state_of(sb_load(&sb_client_at(r, i)->state)) == SB_CLIENT_LIVE) {
+        if (i == slot ? self_counts : is_live(sb_client_at(r, i))) {
             return 1;
         }
     }
