@@ -24,7 +24,7 @@ from shmbroker import errors, memory, process
 from shmbroker._native._core import Client, Region
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor, read_descriptor
-from shmbroker.errors import AttachRefused, BrokerClosed, ConfigConflict, NotReady, ShmBrokerError
+from shmbroker.errors import AttachRefused, BrokerClosed, ConfigConflict, LayoutMismatch, NotReady, ShmBrokerError
 from shmbroker.failpoint import ENVIRONMENT_KEY
 from shmbroker.naming import BrokerPaths
 
@@ -47,6 +47,10 @@ class Attachment:
         self.supervisor = supervisor  # closed by keep_supervised
         self.left = os.eventfd(0, os.EFD_CLOEXEC)  # readable once this process has left; closed by keep_supervised
 
+    def is_gone(self) -> bool:
+        """True in a forked child, and when the broker has stopped."""
+        return self.pid != os.getpid() or self.region.closed or self.region.get("state") == memory.STATE_STOPPED
+
     def close(self) -> None:
         """Leave the broker; in a forked child only forget it, since the slot is the parent's."""
         if self.pid == os.getpid() and not self.region.closed:
@@ -59,7 +63,12 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
     """Attach to the broker of a directory; if nobody serves it, start it, or with ``may_start=False`` wait for one."""
     deadline = time.monotonic() + timeout
     while True:
-        attached = _attach(paths, wanted)
+        attached = None
+        try:
+            attached = _attach(paths, wanted)
+        except (LayoutMismatch, AttachRefused):
+            if not _is_abandoned(paths):
+                raise  # else it is what a killed broker left, and the next supervisor knows what to do with it
         if attached is not None:
             return attached
         if time.monotonic() > deadline:
@@ -74,6 +83,13 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
             )
         else:
             time.sleep(_POLL_SECONDS)  # STARTING or DRAINING: of another process's making, so nothing to wait on
+
+
+def _is_abandoned(paths: BrokerPaths) -> bool:
+    try:
+        return process.lock_holder(paths.lock) == 0
+    except PermissionError:
+        return False
 
 
 def _attach(paths: BrokerPaths, wanted: Config) -> Attachment | None:
@@ -147,8 +163,11 @@ def _replace_supervisor(paths: BrokerPaths, attached: Attachment) -> int | None:
         if successor is not None and descriptor is not None and descriptor.instance == attached.descriptor.instance:
             return successor
         region.set("state", memory.STATE_STOPPED)  # nobody serves this memory any more: refuse to send into it
-    except BrokerClosed:  # this process has left meanwhile
-        pass
+    except BrokerClosed:
+        pass  # this process has left meanwhile
+    except ShmBrokerError as error:
+        log.warning("the broker of %s cannot be restarted: %s", paths.directory, error)
+        region.set("state", memory.STATE_STOPPED)
     return None
 
 
@@ -163,11 +182,7 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
             if pidfd is not None:
                 return pidfd
         if process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
-            try:
-                start_supervisor(paths, settings, deadline, armed=False)
-            except ShmBrokerError as error:
-                log.warning("the broker of %s cannot be restarted: %s", paths.directory, error)
-                return None
+            start_supervisor(paths, settings, deadline, armed=False)
         time.sleep(_POLL_SECONDS)
     return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from shmbroker import failpoint, memory
+from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, connect, keep_supervised
 from shmbroker.config import Config, load
@@ -63,8 +63,7 @@ class Broker:
         self._lock = threading.RLock()
         self._closed = False
         self._children: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._log: LogReader | None = None
-        self._queues: ConsumeQueues | None = None
+        self._files: tuple[LogReader, ConsumeQueues] | None = None  # opened by the first consumer that lags
         self.config = Config.of(attached.descriptor.settings)
         self._watch()
         _handles.add(self)
@@ -88,14 +87,14 @@ class Broker:
             if self._closed:
                 raise BrokerClosed("this broker handle was closed")
             attached = self._attached
-            if attached.pid != os.getpid() or attached.region.get("state") == memory.STATE_STOPPED:
+            if attached.is_gone():
                 attached.close()
                 timeout = self.config.runtime.send_timeout_ms / 1000
-                running = attached.embedded
-                self._attached = attached = connect(self._paths, self.config, timeout, may_start=running)
+                # Who serves a broker that is not embedded starts it again, too.
+                attached = connect(self._paths, self.config, timeout, may_start=attached.embedded)
+                self._attached = attached
                 self.config = Config.of(attached.descriptor.settings)
-                self._log = None
-                self._queues = None
+                self._close_files()
                 self._watch()
             return attached.client
 
@@ -157,24 +156,16 @@ class Broker:
     def read_log(self, position: int) -> bytes:
         """The record at ``position`` from the log's files. Raises PositionGone, CorruptLog."""
         with self._lock:
-            self.attach()
-            if self._log is None:
-                from shmbroker.store.commit_log import LogReader
-
-                store = bytes.fromhex(self._attached.descriptor.store)
-                self._log = LogReader(self._paths.log, self.config.layout.segment_bytes, store)
-            return self._log.read(position).raw
+            log, _ = self._open_files()
+            return log.read(position).raw
 
     def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
         """At most ``count`` consume queue entries at or after ``offset``, from the files. Raises CorruptLog."""
         with self._lock:
-            region = self.attach().region
-            if self._queues is None:
-                from shmbroker.store.consume_queue import ConsumeQueues
-
-                self._queues = ConsumeQueues(self._paths.queues, bytes.fromhex(self._attached.descriptor.store))
+            region = self.region
             limit = min(region.get("flushed"), region.get("dispatched"))
-            return self._queues.read(topic_id, queue_id, offset, count, limit)
+            _, queues = self._open_files()
+            return queues.read(topic_id, queue_id, offset, count, limit)
 
     def close(self) -> None:
         """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""
@@ -185,10 +176,7 @@ class Broker:
                 child.close()
             self._closed = True
             self._attached.close()
-            if self._log is not None:
-                self._log.close()
-            if self._queues is not None:
-                self._queues.close()
+            self._close_files()
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +201,22 @@ class Broker:
             raise TopicNotExist(f"topic {name!r} does not exist")
         return found
 
+    def _open_files(self) -> tuple[LogReader, ConsumeQueues]:
+        self.attach()
+        if self._files is None:
+            from shmbroker.store.commit_log import LogReader
+            from shmbroker.store.consume_queue import ConsumeQueues
+
+            store = bytes.fromhex(self._attached.descriptor.store)
+            log = LogReader(self._paths.log, self.config.layout.segment_bytes, store)
+            self._files = log, ConsumeQueues(self._paths.queues, store)
+        return self._files
+
+    def _close_files(self) -> None:
+        for opened in self._files or ():
+            opened.close()
+        self._files = None
+
     def _watch(self) -> None:
         target, arguments = keep_supervised, (self._paths, self._attached)
         threading.Thread(target=target, args=arguments, name="shmbroker-watch", daemon=True).start()
@@ -221,8 +225,7 @@ class Broker:
         """In the child: locks may be held by threads that do not exist here; the slot is the parent's."""
         self._lock = threading.RLock()
         self._children = weakref.WeakSet()
-        self._log = None
-        self._queues = None
+        self._files = None  # descriptors are the parent's as well: not closed here, and not shared
 
 
 _handles: weakref.WeakSet[Broker] = weakref.WeakSet()

@@ -20,6 +20,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,7 +29,7 @@ from shmbroker._native._core import Region
 from shmbroker.config import LAYOUT_RULES, Config
 from shmbroker.delivery.restore import Restoration
 from shmbroker.descriptor import Descriptor, read_descriptor, write_descriptor
-from shmbroker.errors import ConfigError, NotReady
+from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
 from shmbroker.failpoint import failpoint
 from shmbroker.fleet import Fleet
 from shmbroker.memory import Leftover
@@ -241,9 +242,10 @@ def _finish(region: Region, fleet: Fleet, role: str) -> bool:
 
 def abandon(paths: BrokerPaths) -> None:
     """A start has failed: nobody has appended to memory in state STARTING, so it goes; any other is kept."""
-    found = memory.attach(paths)
-    if found is not None and found[0].get("state") == memory.STATE_STARTING:
-        memory.remove(paths, found[1])
+    with suppress(ShmBrokerError):  # what hindered the start may hinder this too; then the next supervisor does it
+        found = memory.attach(paths)
+        if found is not None and found[0].get("state") == memory.STATE_STARTING:
+            memory.remove(paths, found[1])
 
 
 def live_clients(region: Region) -> int:

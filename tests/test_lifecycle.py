@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import (
@@ -41,7 +42,7 @@ SENDER = """
 """
 
 
-def open_small(directory: Path, **settings: object) -> Broker:
+def open_small(directory: Path, **settings: Any) -> Broker:
     return shmbroker.open(directory, **{**SMALL, **settings})
 
 
@@ -135,6 +136,30 @@ def test_what_was_not_flushed_when_everything_was_killed_is_flushed_by_the_next_
         kill_all(directory)
     with open_small(directory) as broker:
         assert {position: body_at(broker, position) for position in sent} == sent
+
+
+@pytest.mark.crash
+def test_memory_of_another_version_is_flushed_before_it_is_given_up(directory: Path) -> None:
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        os.kill(wait_for_workers(directory)["flusher"], signal.SIGSTOP)
+        sent = {}
+        for number in range(100):
+            child.write_line(f"message {number}")
+            sent[int(child.read_line().split()[1])] = f"message {number}".encode()
+        attached = memory.attach(BrokerPaths(directory))
+        assert attached is not None
+        region, descriptor = attached
+        assert region.get("flushed") <= min(sent)
+        epoch = region.get("epoch")
+        os.kill(child.pid, signal.SIGSTOP)
+        kill_all(directory)
+    with Path("/dev/shm" + descriptor.control).open("r+b") as control:
+        control.seek(16)  # fingerprint
+        control.write(b"\xff" * 8)
+    with open_small(directory) as broker:
+        assert {position: body_at(broker, position) for position in sent} == sent
+        assert broker.region.get("epoch") == epoch + 1
 
 
 @pytest.mark.crash

@@ -157,7 +157,12 @@ def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]
     deadline = time.monotonic() + timeout
     ours = int(os.environ.get(process.SUPERVISOR_KEY, "0"))  # 0: started by a process manager
     while True:
-        found = memory.attach(paths)
+        refusal: ShmBrokerError = NotReady(f"no broker runs in {paths.directory}")
+        found = None
+        try:
+            found = memory.attach(paths)
+        except ShmBrokerError as error:  # perhaps of what a killed broker left: our supervisor is about to remove it
+            refusal = error
         if found is not None:
             region, descriptor = found
             pid = region.get("supervisor_pid")
@@ -168,7 +173,7 @@ def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]
             if supervisor is not None:
                 os.close(supervisor)
         if time.monotonic() > deadline or ours not in (0, os.getppid()):
-            raise NotReady(f"no broker runs in {paths.directory}")
+            raise refusal
         time.sleep(_LOOK_SECONDS)  # started before the memory stands: there is nothing yet that could be waited on
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 from shmbroker import failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
-from shmbroker.errors import AttachRefused, NotReady
+from shmbroker.errors import AttachRefused, NotReady, ShmBrokerError
 from shmbroker.fleet import Fleet
 from shmbroker.naming import BrokerPaths
 from shmbroker.workers import common
@@ -130,7 +130,10 @@ def check_owner(paths: BrokerPaths) -> None:
 
 
 def _is_stopping(paths: BrokerPaths) -> bool:
-    attached = memory.attach(paths)
+    try:
+        attached = memory.attach(paths)
+    except ShmBrokerError:  # what a killed broker left
+        return False
     return attached is not None and attached[0].get("state") in (memory.STATE_DRAINING, memory.STATE_STOPPED)
 
 
