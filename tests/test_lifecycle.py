@@ -92,6 +92,22 @@ def test_a_killed_client_gives_its_slot_back_at_once(broker: Broker, directory: 
 
 
 @pytest.mark.crash
+@pytest.mark.parametrize("name", ["janitor.death_seen", "janitor.reaped"])
+def test_a_janitor_killed_while_it_clears_up_after_a_client_is_followed_by_one_that_finishes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("SHMBROKER_FAILPOINTS", f"janitor/{name}=kill")
+    with open_small(directory) as broker:
+        monkeypatch.delenv("SHMBROKER_FAILPOINTS")
+        first = wait_for_workers(directory)["janitor"]
+        with Child(SENDER, directory, SMALL) as child:
+            assert child.read_line() == "open"
+            child.kill()
+        wait_until(lambda: workers_of(directory).get("janitor", first) != first, "another janitor")
+        wait_until(lambda: len(broker.region.clients()) == 1, "the dead client's slot free")
+
+
+@pytest.mark.crash
 @pytest.mark.parametrize("role", ["flusher", "dispatcher", "janitor"])
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(broker: Broker, directory: Path, role: str) -> None:
     before = wait_for_workers(directory)
@@ -287,6 +303,7 @@ def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
         "memory.formatted",
         "supervisor.restored",
         "supervisor.epoch_written",
+        "supervisor.running",
     ],
 )
 def test_a_supervisor_killed_while_it_starts_leaves_nothing_that_hinders_the_next(
