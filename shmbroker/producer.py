@@ -151,6 +151,8 @@ class Producer(ProducerCore):
 
     def _completion_of_this_process(self) -> Completion:
         with self._completion_lock:
+            if self._closed:
+                raise BrokerClosed("this producer was closed")
             if self._completion is None or self._completion_pid != os.getpid():
                 self._completion = Completion(self._settle)
                 self._completion_pid = os.getpid()
@@ -160,9 +162,11 @@ class Producer(ProducerCore):
 
     def close(self) -> None:
         """Wait for the callbacks of what was sent, then refuse further sends. The broker goes on."""
-        self._closed = True
-        if self._completion is not None and self._completion_pid == os.getpid():
-            self._completion.close()
+        with self._completion_lock:  # no send_async begins another one behind us
+            self._closed = True
+            completion = self._completion if self._completion_pid == os.getpid() else None
+        if completion is not None:
+            completion.close()
         self._shut()
 
     def __enter__(self) -> Self:
