@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.processes import Child
-from support.running import SMALL, log_records, running
+from support.running import QUICK, log_records, running
 from support.waiting import wait_until
 
 import shmbroker
@@ -73,7 +73,7 @@ APPEND_FAILPOINTS = [name for name in failpoint_names() if name.startswith("appe
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shmbroker.Broker]:
     """One broker for all kills: each leaves it as good as new."""
-    with running(tmp_path_factory.mktemp("crash") / "broker", **SMALL) as opened:
+    with running(tmp_path_factory.mktemp("crash") / "broker", **QUICK) as opened:
         yield opened
 
 
