@@ -104,7 +104,7 @@ def bodies_of(broker: Broker, topic: str) -> list[bytes]:
 
 def fill_ring(producer: Producer, topic: str, timeout: float = 0.0) -> list[bytes]:
     """Send until the ring is full; the bodies that were accepted."""
-    sent = []
+    sent: list[bytes] = []
     while True:
         body = f"{len(sent)} ".encode() + b"x" * 40_000
         try:
@@ -268,7 +268,7 @@ def test_a_selector_sees_queues_message_and_argument(producer: Producer, topic: 
 
     def select(queues: Sequence[int], message: Message, argument: Any) -> int:
         seen.append((list(queues), message.body, argument))
-        return queues[argument % len(queues)]
+        return queues[int(argument) % len(queues)]
 
     assert producer.send(Message(topic, b"x"), selector=select, argument=7).queue_id == 3
     assert producer.send_batch([Message(topic, b"y")], selector=select, argument=2).queue_id == 2
@@ -334,7 +334,8 @@ def test_bytes_like_bodies_are_copied(kind: Any, broker: Broker, producer: Produ
 
 
 def test_messages_cross_the_ends_of_ring_and_segment_whole(broker: Broker, producer: Producer, topic: str) -> None:
-    sent, crossed, start = [], 0, broker.region.get("tail")
+    sent: list[bytes] = []
+    crossed, start = 0, broker.region.get("tail")
     while broker.region.get("tail") < start + 2 * SEGMENT:
         body = f"{len(sent)} ".encode() * (len(sent) * 1237 % 9000 + 1)
         result = producer.send(Message(topic, body[:MAX_MESSAGE]))
