@@ -155,8 +155,6 @@ class BatchResult(Sequence[SendResult]):
     status: Any
     topic: str
     queue_id: int
-    topic: str
-    queue_id: int
     end_position: int
     @overload
     def __getitem__(self, index: int) -> SendResult: ...
