@@ -124,7 +124,7 @@ class RuntimeConfig:
     reserve_segments: int = _key(
         2, "ready segments that only the broker's own records may use when the disk is full", 1, 64
     )
-    retention_bytes: int = _key(0, "consumed log kept; 0 keeps all", 0, 2**63 - 1)
+    retention_bytes: int = _key(0, "consumed log kept; 0 keeps all, until the disk is full", 0, 2**63 - 1)
     progress_interval_ms: int = _key(1000, "group progress is written to the log so often", 10, 3_600_000)
     snapshot_interval_bytes: int = _key(
         64 * MIB, "log between two snapshots of definitions and progress; at most a segment", 64 * KIB, 4 * GIB

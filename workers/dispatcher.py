@@ -10,7 +10,7 @@ import errno
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
 from shmbroker.delivery.upkeep import Upkeep
@@ -49,9 +49,12 @@ def serve(worker: common.Worker) -> None:
         thread.stop()
     if worker.draining and not worker.orphaned:
         upkeep.finish(lambda position: catch_up(worker, dispatcher, position))
-    closing: list[Any] = [checkpoints, index, *readers, queues, own_queues]
-    for opened in closing:
-        opened.close()
+    for reader in readers:
+        reader.close()
+    queues.close()
+    own_queues.close()
+    index.close()
+    checkpoints.close()
 
 
 def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
