@@ -64,24 +64,21 @@ def backup(session: Session, target: Path) -> int:
     _sync(partial)
     partial.rename(target)
     sync_directory(target.resolve().parent)
-    answer = {"target": str(target), "end": copied.end, "bytes": copied.bytes, "messages": verdict}
+    answer = {"target": str(target), "first": copied.first, "end": copied.end, "messages": verdict}
     if session.json:
         console.print_json(answer)
     else:
-        click.echo(f"{target}: {console.size(copied.bytes)} of log, {verdict:,} messages, verified")
+        click.echo(f"{target}: {console.size(copied.end - copied.first)} of log, {verdict:,} messages, verified")
     return ExitCode.OK
 
 
 @dataclass(frozen=True, slots=True)
 class _Copied:
+    first: int
     end: int
     segment_bytes: int
     store: bytes
     files: list[_File]
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.size for file in self.files)
 
     def manifest(self, source: BrokerPaths) -> dict[str, Any]:
         return {
@@ -90,6 +87,7 @@ class _Copied:
             "created_ns": time.time_ns(),
             "store": self.store.hex(),
             "segment_bytes": self.segment_bytes,
+            "first": self.first,
             "end": self.end,
             "files": [{"name": file.name, "size": file.size, "crc32c": file.crc32c} for file in self.files],
         }
@@ -108,20 +106,20 @@ def _copy(source: BrokerPaths, broker: Broker, partial: Path) -> _Copied:
     log = BrokerPaths(partial).log
     log.mkdir(mode=0o700, parents=True)
     partial.chmod(0o700)
-    files: list[_File] = []
+    files: dict[int, _File] = {}
     bases = [base for base in stored.bases if base < end or base == stored.bases[0]]
     with console.progress("copying", end - bases[0]) as advance:
         for base in bases:
             # Never a hard link: retention uses old segments again, in place, and would write through it.
             copied = _copy_segment(source.log, log, base, min(end, base + stored.segment_bytes), stored, advance)
             if copied is not None:
-                files.append(copied)
+                files[base] = copied
             elif files:
                 raise Failure(f"segment {segment_name(base)} vanished from the middle of the log", ExitCode.OPERATOR)
     settings = source.directory / FILE_NAME
     if settings.exists():
         shutil.copyfile(settings, partial / FILE_NAME)
-    return _Copied(end, stored.segment_bytes, stored.store, files)
+    return _Copied(min(files), end, stored.segment_bytes, stored.store, list(files.values()))
 
 
 def _copy_segment(
