@@ -128,22 +128,34 @@ void sb_region_unmap(sb_region *r)
     memset(r, 0, sizeof *r);
 }
 
+/* The largest group, a filler before it and a gap behind it fit beside the reserve: else its wait for room never ends. */
+static int sizes_fit(const sb_limits *l, uint64_t ring_bytes, uint64_t segment_bytes)
+{
+    return segment_bytes >= 65536 && segment_bytes % 4096 == 0 && l->reserve_bytes <= ring_bytes / 4 &&
+           (uint64_t)l->max_message_bytes * 4 <= ring_bytes;
+}
+
+/* May a record begin at `tail`? Else a filler would be written over what lies behind it. */
+static int tail_fits(uint64_t tail, uint64_t segment_bytes)
+{
+    return tail % SB_RECORD_ALIGN == 0 && segment_bytes - tail % segment_bytes >= SB_RECORD_HEADER;
+}
+
 int sb_region_check(sb_region *r)
 {
     const sb_header *h = &r->control->header;
     sb_limits given = r->control->limits;
     sb_limits computed = given;
     if (h->magic != SB_MAGIC || h->layout_version != SB_LAYOUT_VERSION || h->fingerprint != sb_fingerprint() ||
-        h->ring_bytes != r->ring_bytes || h->control_bytes != r->control_bytes || h->segment_bytes < 65536 ||
-        h->segment_bytes % 4096) {
+        h->ring_bytes != r->ring_bytes || h->control_bytes != r->control_bytes) {
         return SB_INVALID;
     }
     if (sb_control_size(&computed) != r->control_bytes || memcmp(&given, &computed, sizeof given) != 0 ||
-        given.reserve_bytes >= r->ring_bytes / 2 || (uint64_t)given.max_message_bytes * 4 > r->ring_bytes) {
+        !sizes_fit(&given, r->ring_bytes, h->segment_bytes)) {
         return SB_INVALID;
     }
     uint64_t flushed = sb_load(&r->control->marks.flushed), tail = sb_load(&r->control->marks.tail); /* both may be moving */
-    if (flushed > tail || tail - flushed > 2 * r->ring_bytes || tail % SB_RECORD_ALIGN) {
+    if (flushed > tail || tail - flushed > 2 * r->ring_bytes || !tail_fits(tail, h->segment_bytes)) {
         return SB_INVALID;
     }
     r->limits = given;
@@ -155,7 +167,8 @@ int sb_region_check(sb_region *r)
 int sb_region_format(sb_region *r, const sb_header *header, const sb_limits *limits, uint64_t tail, uint32_t epoch)
 {
     sb_limits l = *limits;
-    if (sb_control_size(&l) != r->control_bytes) {
+    if (sb_control_size(&l) != r->control_bytes || !sizes_fit(&l, r->ring_bytes, header->segment_bytes) ||
+        !tail_fits(tail, header->segment_bytes)) {
         return SB_INVALID;
     }
     sb_control *c = r->control;
