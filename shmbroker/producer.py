@@ -22,6 +22,16 @@ from shmbroker.naming import check_group, check_topic
 Result = TypeVar("Result")
 QueueSelector = Callable[[Sequence[int], Message, Any], int]
 
+_completions = threading.Lock()  # held for a moment, to begin or end a producer's thread for callbacks
+
+
+def _after_fork_in_child() -> None:
+    global _completions  # noqa: PLW0603 - a thread that does not exist here may hold it
+    _completions = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
 
 class SendCallback(Protocol):
     """RocketMQ's SendCallback: exactly one of the two is called, once, on a thread of the producer's."""
@@ -63,7 +73,6 @@ class Producer(ProducerCore):
         self._home = home
         self._completion: Completion | None = None
         self._completion_pid = 0  # its thread does not live on in a fork
-        self._completion_lock = threading.Lock()
         self._closed = False
 
     # ---- called by the native core for what is not the common case
@@ -150,7 +159,7 @@ class Producer(ProducerCore):
         )
 
     def _completion_of_this_process(self) -> Completion:
-        with self._completion_lock:
+        with _completions:
             if self._closed:
                 raise BrokerClosed("this producer was closed")
             if self._completion is None or self._completion_pid != os.getpid():
@@ -162,7 +171,7 @@ class Producer(ProducerCore):
 
     def close(self) -> None:
         """Wait for the callbacks of what was sent, then refuse further sends. The broker goes on."""
-        with self._completion_lock:  # no send_async begins another one behind us
+        with _completions:  # no send_async begins another one behind us
             self._closed = True
             completion = self._completion if self._completion_pid == os.getpid() else None
         if completion is not None:

@@ -102,6 +102,11 @@ def bodies_of(broker: Broker, topic: str) -> list[bytes]:
     return [record.body for record in records_of(broker, topic)]
 
 
+def a_send_waits(broker: Broker) -> bool:
+    """Some thread sleeps until there is room in the ring."""
+    return any(waiter["kind"] == "space" and waiter["state"] == "waiting" for waiter in broker.region.waiters())
+
+
 def fill_ring(producer: Producer, topic: str, timeout: float = 0.0) -> list[bytes]:
     """Send until the ring is full; the bodies that were accepted."""
     sent: list[bytes] = []
@@ -429,9 +434,7 @@ def test_a_send_that_waits_for_room_goes_on_when_there_is_some(broker: Broker, p
             target=lambda: results.append(producer.send(Message(topic, b"w" * 40_000), timeout=20))
         )
         waiting.start()
-        wait_until(
-            lambda: any(waiter["kind"] == "space" for waiter in broker.region.waiters()), "the send waiting for room"
-        )
+        wait_until(lambda: a_send_waits(broker), "the send waiting for room")
     waiting.join(20)
     assert [result.status for result in results] == [SendStatus.SEND_OK]
     assert bodies_of(broker, topic) == [*sent, b"w" * 40_000]
@@ -451,7 +454,7 @@ def test_ctrl_c_ends_a_send_that_waits_for_room(broker: Broker, producer: Produc
         sent = fill_ring(producer, topic)
         with Child(source, broker.directory, topic) as child:
             assert child.read_line() == "ready"
-            wait_until(lambda: any(waiter["kind"] == "space" for waiter in broker.region.waiters()), "a send waiting")
+            wait_until(lambda: a_send_waits(broker), "a send waiting")
             os.kill(child.pid, signal.SIGINT)
             assert child.read_line() == "interrupted"
     assert bodies_of(broker, topic) == sent
@@ -635,6 +638,34 @@ def test_a_fork_sends_under_an_identity_of_its_own(broker: Broker, topic: str) -
     records = records_of(broker, topic)
     assert [record.body for record in records] == [b"before", b"child", b"new", b"after"]
     assert [record.message_id for record in records] == [before, in_child, new_in_child, after]
+
+
+def test_a_fork_while_a_thread_begins_an_asynchronous_send_does_not_block_the_childs(
+    broker: Broker, topic: str
+) -> None:
+    source = """
+        import os, sys, threading, shmbroker, shmbroker.producer
+        producer = shmbroker.open(sys.argv[1]).producer("parent")
+        held, done = threading.Event(), threading.Event()
+
+        def hold():
+            with shmbroker.producer._completions:
+                held.set()
+                done.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            producer.send_async(shmbroker.Message(sys.argv[2], b"from the child"))
+            producer.close()
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        done.set()
+    """
+    with Child(source, broker.directory, topic) as child:
+        assert child.read_line() == "0"
+    assert bodies_of(broker, topic) == [b"from the child"]
 
 
 def test_spawned_processes_send_side_by_side(broker: Broker, topic: str, tmp_path: Path) -> None:
