@@ -17,7 +17,7 @@ from shmbroker._native._core import Region
 from shmbroker.tools import bench_processes as processes
 from shmbroker.tools import inside
 from shmbroker.tools.bench_floors import Floors, Flushes, Latency, record_bytes
-from shmbroker.tools.bench_report import Figure, Result, Target, alternate, percentile
+from shmbroker.tools.bench_report import Figure, Result, Target, alternate
 
 MIB = 1 << 20
 RING_BYTES = 32 * MIB
@@ -185,9 +185,8 @@ def _durable(bench: Bench, body_bytes: int, producers: int) -> tuple[Flushes, Fl
         with bench.broker(flush_disk_type="SYNC_FLUSH") as (_, directory, _):
             producer = (processes.send_durably, (directory, seconds, body_bytes))
             answers = processes.run_fleet([producer] * producers, seconds=seconds + 30)
-            ordered = sorted(nanoseconds for _, some in answers for nanoseconds in some)
-            rate = sum(rate for rate, _ in answers)
-            return Flushes(rate, percentile(ordered, 0.5) / 1e9, percentile(ordered, 0.99) / 1e9)
+            latency = Latency.of([nanoseconds for _, some in answers for nanoseconds in some])
+            return Flushes(sum(rate for rate, _ in answers), latency.p50, latency.p99)
 
     return alternate(bench.repeats, lambda: bench.floors.hand_over(body_bytes, producers, seconds), figure)
 
@@ -196,7 +195,7 @@ def one_way(bench: Bench) -> Results:
     """From the stamp before a send to the stamp after its receipt, 2,000 messages a second, nothing queued."""
     for how, floor_name, p50, p99 in (
         ("sleeping", "bare semaphore", Target(at_most=1.6, of_floor=True), Target(at_most=100e-6)),
-        ("spinning", "shared word", Target(at_most=6e-6), None),
+        ("spinning", "bare C, shared word", Target(at_most=6e-6), None),
     ):
         bare, measured = _one_way(bench, how == "spinning")
         yield Figure(f"one way, {how} consumer: p50", measured.p50, "s", bare.p50, floor_name, p50)
@@ -205,24 +204,34 @@ def one_way(bench: Bench) -> Results:
 
 def _one_way(bench: Bench, spin: bool) -> tuple[Latency, Latency]:
     rate, count = 2000, 4000 if bench.quick else 10_000
+    seconds = count / rate + 30
 
     def figure() -> Latency:
         with bench.broker() as (_, directory, _):
             producer = (processes.send_paced, (directory, rate, count, 100))
             consumer = (processes.receive_stamped, (directory, count, spin))
-            ordered = sorted(processes.run_fleet([producer, consumer], seconds=count / rate + 30)[1])
-            return Latency(percentile(ordered, 0.5) / 1e9, percentile(ordered, 0.99) / 1e9)
+            return Latency.of(processes.run_fleet([producer, consumer], seconds=seconds)[1])
 
-    return alternate(bench.repeats, lambda: bench.floors.one_way(rate, count, spin=spin), figure)
+    def floor() -> Latency:
+        if spin:
+            return bench.floors.one_way(rate, count, spin=True)
+        with processes.bare_semaphore() as name:  # Python programs too: C hands over faster than it could come back
+            sender = (processes.post_paced, (name, rate, count))
+            receiver = (processes.wait_stamped, (name, count))
+            return Latency.of(processes.run_fleet([sender, receiver], seconds=seconds)[1])
+
+    return alternate(bench.repeats, floor, figure)
 
 
 def machine(bench: Bench) -> Results:
-    """What this machine itself takes, for the reader of the figures above."""
-    floor = bench.floors.one_way(0, 20_000)
-    small = bench.floors.small_write(4096, 1000)
-    yield Figure("bare semaphore ping-pong, one way: p50", floor.p50, "s", note="no broker")
-    yield Figure("bare 4 KiB pwrite + fdatasync: p50", small.p50, "s", note="no broker")
-    yield Figure("bare 4 KiB pwrite + fdatasync: p99", small.p99, "s", note="no broker")
+    """What bare C takes on this machine, without a broker, for the reader of the figures above."""
+    for name, way in (
+        ("bare C semaphore, one way, 2,000/s", bench.floors.one_way(2000, 4000)),
+        ("bare C semaphore, one way, ping-pong", bench.floors.one_way(0, 20_000)),
+        ("bare C 4 KiB pwrite + fdatasync", bench.floors.small_write(4096, 1000)),
+    ):
+        yield Figure(f"{name}: p50", way.p50, "s")
+        yield Figure(f"{name}: p99", way.p99, "s")
 
 
 def cores() -> int:

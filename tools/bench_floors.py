@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from shmbroker.tools.bench_report import percentile
 
 SOURCE = Path(__file__).with_name("bench_floors.c")
 RECORD_HEADER_BYTES = 80
@@ -36,6 +40,12 @@ class Latency:
 
     p50: float
     p99: float
+
+    @classmethod
+    def of(cls, nanoseconds: Iterable[int]) -> Self:
+        """Of single measurements, at least one."""
+        ordered = sorted(nanoseconds)
+        return cls(percentile(ordered, 0.5) / 1e9, percentile(ordered, 0.99) / 1e9)
 
 
 def record_bytes(body_bytes: int) -> int:

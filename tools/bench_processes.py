@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
+import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
+
+import posix_ipc
 
 import shmbroker
 from shmbroker import Message, SendStatus
@@ -157,13 +161,20 @@ def send_paced(gate: Callable[[], None], directory: Path, rate: int, count: int,
     with shmbroker.open(directory) as broker, broker.producer(GROUP) as producer:
         padding = bytes(body_bytes - 8)
         gate()
-        clock, send, sleep = time.monotonic_ns, producer.send, time.sleep
-        due = clock() + 100_000_000
-        for _ in range(count):
-            if (left := due - clock()) > 0:
-                sleep(left / 1e9)
-            due += 1_000_000_000 // rate
+        clock, send = time.monotonic_ns, producer.send
+        for _ in paced(rate, count):
             send(Message(TOPIC, clock().to_bytes(8, "little") + padding))
+
+
+def paced(rate: int, count: int) -> Iterator[None]:
+    """Come back ``rate`` times a second. Sleeps in between, as a program with little to do does."""
+    clock, sleep = time.monotonic_ns, time.sleep
+    due = clock() + 100_000_000
+    for _ in range(count):
+        if (left := due - clock()) > 0:
+            sleep(left / 1e9)
+        due += 1_000_000_000 // rate
+        yield
 
 
 def receive_stamped(gate: Callable[[], None], directory: Path, count: int, spin: bool) -> list[int]:
@@ -181,3 +192,48 @@ def receive_stamped(gate: Callable[[], None], directory: Path, count: int, spin:
                 latencies.append(arrived - int.from_bytes(message.body[:8], "little"))
                 consumer.ack(message)
         return latencies
+
+
+# ---- the floor of one way: the same two programs with a bare semaphore between them ---------------------------------
+
+
+def post_paced(gate: Callable[[], None], name: str, rate: int, count: int) -> None:
+    """Put a stamp into shared memory and post the semaphore beside it, ``rate`` times a second."""
+    semaphore, stamp = _bare_semaphore(name)
+    gate()
+    clock = time.monotonic_ns
+    for _ in paced(rate, count):
+        stamp[0] = clock()
+        semaphore.release()
+
+
+def wait_stamped(gate: Callable[[], None], name: str, count: int) -> list[int]:
+    """Wait for the semaphore ``count`` times. Answers how many ns each stamp was under way."""
+    semaphore, stamp = _bare_semaphore(name)
+    gate()
+    latencies: list[int] = []
+    clock = time.monotonic_ns
+    for _ in range(count):
+        semaphore.acquire()
+        latencies.append(clock() - stamp[0])
+    return latencies
+
+
+@contextmanager
+def bare_semaphore() -> Iterator[str]:
+    """Make what the two share. Yields its name."""
+    name = f"/shmbroker-bench-{secrets.token_hex(8)}"
+    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
+    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=mmap.PAGESIZE).close_fd()
+    try:
+        yield name
+    finally:
+        posix_ipc.unlink_semaphore(name)
+        posix_ipc.unlink_shared_memory(name)
+
+
+def _bare_semaphore(name: str) -> tuple[Any, memoryview]:
+    memory = posix_ipc.SharedMemory(name)
+    words = memoryview(mmap.mmap(memory.fd, mmap.PAGESIZE)).cast("q")
+    memory.close_fd()
+    return posix_ipc.Semaphore(name), words
