@@ -22,19 +22,21 @@ ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor")
 
 @click.command()
 @common_options
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"Instead of its {FILE_NAME}."
+)
 @pass_session
-def serve(session: Session) -> None:
+def serve(session: Session, config: Path | None) -> None:
     """Run the broker in the foreground: starts its workers, restarts those that die.
 
     \b
     shmbroker serve -d /var/lib/orders
     SHMBROKER_FLUSH_DISK_TYPE=SYNC_FLUSH shmbroker serve
 
-    Settings come from broker.toml in the directory and from the environment. SIGTERM or Ctrl-C: what is in memory is
+    Settings come from the environment and from broker.toml in the directory. SIGTERM or Ctrl-C: what is in memory is
     flushed, the workers leave. For supervisord and systemd: docs/operations.md.
     """
-    session.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _become("supervisor", session.directory)
+    _become("supervisor", session.directory, config)
 
 
 @click.command()
@@ -43,7 +45,7 @@ def serve(session: Session) -> None:
 @click.option(
     "--config",
     type=click.Path(exists=True, path_type=Path),
-    help=f"The broker's directory, or its {FILE_NAME} in it; as good as -d.",
+    help="The supervisor's settings file, or a directory. Without -d, the file lies in the broker's directory.",
 )
 @pass_session
 def worker(session: Session, role: str, config: Path | None) -> None:
@@ -53,17 +55,20 @@ def worker(session: Session, role: str, config: Path | None) -> None:
     shmbroker worker supervisor -d /var/lib/orders
     shmbroker worker flusher --config /var/lib/orders/broker.toml
 
-    A role is held by one process at a time; the supervisor leaves a role alone that somebody else holds.
+    A role is held by one process at a time. Workers take the settings in force from the running broker; only the
+    supervisor reads a file.
     """
-    if config is not None:
-        session.directory = config if config.is_dir() else config.resolve().parent
-    if role == "supervisor":
-        session.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    elif not session.directory.is_dir():
+    if config is not None and session.chosen is None:
+        session.chosen = config if config.is_dir() else config.resolve().parent
+    if role != "supervisor" and not session.directory.is_dir():
         raise Failure(f"{session.directory} does not exist; start the supervisor first", ExitCode.NOT_SERVED)
-    _become(role, session.directory)
+    _become(role, session.directory, config if config is not None and config.is_file() else None)
 
 
-def _become(role: str, directory: Path) -> NoReturn:
+def _become(role: str, directory: Path, config: Path | None) -> NoReturn:
+    command = [sys.executable, "-m", f"shmbroker.workers.{role}", str(directory.resolve())]
+    if role == "supervisor":
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        command += ["--config", str(config.resolve())] if config is not None else []
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"shmbroker.workers.{role}", str(directory.resolve())])
+    os.execv(command[0], command)

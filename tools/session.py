@@ -34,8 +34,12 @@ class Session:
     """The broker that a command works on, and how it answers."""
 
     def __init__(self) -> None:
-        self.directory = Path(DEFAULT_DIRECTORY)
+        self.chosen: Path | None = None  # by -d or by the environment
         self.json = False
+
+    @property
+    def directory(self) -> Path:
+        return self.chosen or Path(DEFAULT_DIRECTORY)
 
     @property
     def paths(self) -> BrokerPaths:
@@ -84,7 +88,7 @@ def common_options(function: _Function) -> _Function:
         "--directory",
         type=click.Path(file_okay=False, path_type=Path),
         envvar=ENVIRONMENT_KEY,
-        callback=_set("directory"),
+        callback=_set("chosen"),
         expose_value=False,
         is_eager=True,
         help=f"The broker's directory.  [default: ${ENVIRONMENT_KEY}, else {DEFAULT_DIRECTORY}]",
