@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -211,30 +212,31 @@ def test_any_sequence_of_runs_and_cuts_reads_as_the_model_says(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """The model: a list of entries, None for a hole; positions grow; a cut shortens it."""
-    queues = ConsumeQueues(tmp_path_factory.mktemp("model") / "queues", STORE, writable=True, entries_per_file=PER_FILE)
-    model: list[Entry] = []
-    end, position = data.draw(st.integers(0, 40), label="first offset"), 0
-    for _ in range(data.draw(st.integers(1, 12))):
-        match data.draw(st.sampled_from(["write", "write", "again", "skip", "cut"])):
-            case "write":
-                run = [Entry(end + i, position + 80 * i, 80, i) for i in range(data.draw(st.integers(1, 20)))]
-                queues.write(4, 2, end, packed(run))
-                model += run
-                end, position = run[-1].offset + 1, run[-1].position + 80
-            case "again" if model:
-                tail = [entry for entry in model[-5:] if entry.offset > model[-1].offset - 5]
-                for entry in tail:
-                    queues.write(4, 2, entry.offset, packed([entry]))
-            case "skip":
-                end += data.draw(st.integers(1, 30))
-            case "cut":
-                cut = data.draw(st.integers(0, position + 10))
-                queues.truncate(cut)
-                model = [entry for entry in model if entry.position < cut]
-                end = max(end, model[-1].offset + 1 if model else 0)
-        assert queues.read(4, 2, 0, 10_000, FAR) == model
-        for target in (0, position // 2, position):
-            offset = queues.find_position(4, 2, target)
-            assert queues.read(4, 2, offset, 1, FAR) == [entry for entry in model if entry.position >= target][:1]
-            assert all(entry.position < target for entry in model if entry.offset < offset)
-    queues.close()
+    place = tmp_path_factory.mktemp("model") / "queues"
+    # Closed whatever happens: hypothesis gives many an example up half-way.
+    with closing(ConsumeQueues(place, STORE, writable=True, entries_per_file=PER_FILE)) as queues:
+        model: list[Entry] = []
+        end, position = data.draw(st.integers(0, 40), label="first offset"), 0
+        for _ in range(data.draw(st.integers(1, 12))):
+            match data.draw(st.sampled_from(["write", "write", "again", "skip", "cut"])):
+                case "write":
+                    run = [Entry(end + i, position + 80 * i, 80, i) for i in range(data.draw(st.integers(1, 20)))]
+                    queues.write(4, 2, end, packed(run))
+                    model += run
+                    end, position = run[-1].offset + 1, run[-1].position + 80
+                case "again" if model:
+                    tail = [entry for entry in model[-5:] if entry.offset > model[-1].offset - 5]
+                    for entry in tail:
+                        queues.write(4, 2, entry.offset, packed([entry]))
+                case "skip":
+                    end += data.draw(st.integers(1, 30))
+                case "cut":
+                    cut = data.draw(st.integers(0, position + 10))
+                    queues.truncate(cut)
+                    model = [entry for entry in model if entry.position < cut]
+                    end = max(end, model[-1].offset + 1 if model else 0)
+            assert queues.read(4, 2, 0, 10_000, FAR) == model
+            for target in (0, position // 2, position):
+                offset = queues.find_position(4, 2, target)
+                assert queues.read(4, 2, offset, 1, FAR) == [entry for entry in model if entry.position >= target][:1]
+                assert all(entry.position < target for entry in model if entry.offset < offset)
