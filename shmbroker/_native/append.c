@@ -338,9 +338,6 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
     SB_FAILPOINT(append_unlocked);
     sb_watermarks *m = sb_marks(r);
     sb_fence();
-    (void)sb_worker_post(r, SB_ROLE_FLUSHER, sb_peek(&m->sync_flush) != 0);
-    (void)sb_worker_post(r, SB_ROLE_DISPATCHER, 0);
-    (void)sb_worker_post(r, SB_ROLE_REPLICATOR, 0);
     uint32_t last = SB_NIL;
     for (uint32_t i = 0; i < count; i++) {
         if (items[i].queue_slot == SB_NIL || sb_queue_at(r, items[i].queue_slot)->topic_slot == last) {
@@ -348,7 +345,10 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
         }
         last = sb_queue_at(r, items[i].queue_slot)->topic_slot;
         if (sb_peek(&m->visible_after) == SB_VISIBLE_APPEND) {
-            (void)sb_wake_topic(r, last);
+            (void)sb_wake_topic(r, last); /* first: somebody may be waiting for just this message, the workers may lag */
         }
     }
+    (void)sb_worker_post(r, SB_ROLE_FLUSHER, sb_peek(&m->sync_flush) != 0);
+    (void)sb_worker_post(r, SB_ROLE_DISPATCHER, 0);
+    (void)sb_worker_post(r, SB_ROLE_REPLICATOR, 0);
 }
