@@ -7,6 +7,7 @@ all (delivery/upkeep.py). Native scans and file calls drop the GIL.
 from __future__ import annotations
 
 import errno
+import resource
 import sys
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from shmbroker.workers import common
 
 IDLE_SLEEP: Final = 0.5
 NO_SPACE_PAUSE: Final = 0.1
+OPEN_FILES_MIN: Final = 64  # of the consume queues, in each thread
+OTHER_FILES: Final = 128
 FLUSH_WAIT_NS: Final = 10_000_000_000
 SWITCH_INTERVAL: Final = 0.0005  # the upkeep's Python must not keep the dispatching thread from the GIL for long
 
@@ -29,7 +32,10 @@ SWITCH_INTERVAL: Final = 0.0005  # the upkeep's Python must not keep the dispatc
 def serve(worker: common.Worker) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     region, paths = worker.region, worker.paths
-    queues, own_queues = (ConsumeQueues(paths.queues, worker.store, writable=True) for _ in range(2))
+    open_files = allow_open_files(worker.config.layout.max_queues)
+    queues, own_queues = (
+        ConsumeQueues(paths.queues, worker.store, writable=True, open_files_max=open_files) for _ in range(2)
+    )
     readers = [LogReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
     index = KeyIndex(paths.index, worker.store, writable=True)
     index.cut(region.get("dispatched"))
@@ -57,16 +63,28 @@ def serve(worker: common.Worker) -> None:
     checkpoints.close()
 
 
+def allow_open_files(queues: int) -> int:
+    """Raise this process's limit so that a file of every queue can stay open, if that is allowed; how many may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = max(soft, min(hard, 2 * queues + OTHER_FILES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(OPEN_FILES_MIN, (soft - OTHER_FILES) // 2)
+
+
 def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
     """One pass. On a full disk it waits for room: retention makes some, consumers go on with what is in memory."""
     try:
-        return dispatcher.step() > 0
+        done = dispatcher.step()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        worker.log.warning("consume queues wait for room on the disk: %s", error)
+        if not dispatcher.starved:
+            worker.log.warning("consume queues wait for room on the disk: %s", error)
+        dispatcher.starved = True
         worker.sleep(common.SLEEP_TICK, 0, NO_SPACE_PAUSE)
         return False
+    dispatcher.starved = False
+    return done > 0
 
 
 def pause(worker: common.Worker, dispatcher: Dispatcher) -> None:

@@ -60,6 +60,7 @@ class Flusher:
         )
         self._tick = runtime.worker_tick_ms / 1000
         self._kept = 0
+        self._pool_error: Exception | None = None
         self._next_housekeeping = 0.0
         self._read_only = self._region.get("store_state") == STORE_READ_ONLY
 
@@ -138,6 +139,10 @@ class Flusher:
             self._pool.retire(kept)
         if not self._read_only:
             self._publish_full(self._pool.full)
+        error = self._pool.error
+        if error is not None and repr(error) != repr(self._pool_error):
+            self._worker.log.warning("no segment could be made: %s", error)
+        self._pool_error = error
 
     def _publish_full(self, full: bool) -> None:
         if full == (self._region.get("store_state") == STORE_FULL):

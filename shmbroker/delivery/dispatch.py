@@ -99,6 +99,7 @@ class Dispatcher:
         self._queues = queues
         self._indexer = indexer
         self.position = region.get("dispatched")
+        self.starved = False  # the last pass found no room on the disk
         self._epoch = 0  # of the record at `position`; 0: not known
 
     def step(self) -> int:

@@ -57,12 +57,19 @@ class ConsumeQueues:
     """All consume queues of one store. A writer and its readers are different objects; neither is thread-safe."""
 
     def __init__(
-        self, directory: Path, store_id: bytes, *, writable: bool = False, entries_per_file: int = ENTRIES_PER_FILE
+        self,
+        directory: Path,
+        store_id: bytes,
+        *,
+        writable: bool = False,
+        entries_per_file: int = ENTRIES_PER_FILE,
+        open_files_max: int = OPEN_FILES_MAX,
     ) -> None:
         self._directory = directory
         self._store_id = store_id
         self._writable = writable
         self._per_file = entries_per_file
+        self._open_max = open_files_max
         self._open: OrderedDict[tuple[int, int, int], int] = OrderedDict()
         self._dirty = threading.Lock()  # guards the two below
         self._dirty_files: set[tuple[int, int, int]] = set()
@@ -267,7 +274,7 @@ class ConsumeQueues:
             os.close(fd)
             raise
         self._open[key] = fd
-        if len(self._open) > OPEN_FILES_MAX:
+        if len(self._open) > self._open_max:
             os.close(self._open.popitem(last=False)[1])
         return fd
 

@@ -31,6 +31,14 @@ from shmbroker.record import Record, RecordFlag
 logger = logging.getLogger(__name__)
 
 SPAN_BYTES: Final = 1 << 30
+_DAMAGED: Final = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.ProblemError,
+    lmdb.VersionMismatchError,
+)
 SEQUENCES_PER_ENTRY: Final = 1024
 TABLES: Final = ("keys", "dedup", "ids")
 
@@ -58,9 +66,9 @@ class KeyIndex:
         span_bytes: int = SPAN_BYTES,
         map_bytes: int = MAP_BYTES,
     ) -> None:
-        """Open the index; a writer makes it, and makes it anew if it is another store's or no index at all.
+        """Open the index; a writer makes it, and makes it anew if it is another store's or damaged.
 
-        A reader raises lmdb.Error if there is none.
+        Raises lmdb.Error: there is none to read, or no room for a new one.
         """
         self._directory = directory
         self._store_id = store_id
@@ -71,7 +79,7 @@ class KeyIndex:
         self._lowest: dict[bytes, int] = {}
         try:
             self._open()
-        except (lmdb.Error, _Foreign) as error:
+        except (*_DAMAGED, _Foreign) as error:
             if not writable:
                 raise
             logger.warning("key index %s: %s; it is built anew from the log", directory, error)
