@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shmbroker.broker import Broker, open  # noqa: A004 - shmbroker.open, as gzip.open
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.errors import (
+        AckNotDurable,
         AttachRefused,
         BadRequest,
         BrokerBusy,
@@ -110,6 +111,7 @@ __all__ = [
     "BrokerClosed",
     "BrokerFenced",
     "ForkedHandleError",
+    "AckNotDurable",
     "PositionGone",
 ]
 

@@ -14,8 +14,18 @@ from typing import Any, Final, Protocol, Self
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage
 from shmbroker.config import Config
-from shmbroker.errors import BadRequest, BrokerClosed, PositionGone, SubscriptionConflict, TopicNotExist
+from shmbroker.errors import (
+    AckNotDurable,
+    BadRequest,
+    BrokerClosed,
+    PositionGone,
+    ShmBrokerError,
+    SubscriptionConflict,
+    TopicNotExist,
+)
+from shmbroker.failpoint import failpoint
 from shmbroker.naming import check_group, check_topic
+from shmbroker.record import RecordKind
 from shmbroker.store.consume_queue import Entry
 
 logger = logging.getLogger("shmbroker.consumer")
@@ -49,7 +59,8 @@ class SimpleConsumer(ConsumerCore):
 
     ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the
     same. ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group
-    that has never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``.
+    that has never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``. ``ack``:
+    whether an acknowledgement is done when it stands in ``"memory"``, which survives every process, or ``"durable"``.
 
     Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
     """
@@ -62,12 +73,16 @@ class SimpleConsumer(ConsumerCore):
         *,
         spin: bool = False,
         consume_from: str = "first",
+        ack: str = "memory",
     ) -> None:
+        if ack not in ("memory", "durable"):
+            raise BadRequest(f"ack = {ack!r}: must be 'memory' or 'durable'")
         if consume_from not in ("first", "last"):
             raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
         if not subscriptions:
             raise BadRequest("a consumer subscribes to at least one topic")
-        super().__init__(home.attach(), check_group(group), spin=spin, from_last=consume_from == "last")
+        behaviour = {"spin": spin, "from_last": consume_from == "last", "durable_acks": ack == "durable"}
+        super().__init__(home.attach(), check_group(group), **behaviour)
         self._home = home
         self._tags = {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
         self._subscribe()
@@ -100,6 +115,27 @@ class SimpleConsumer(ConsumerCore):
             raise BrokerClosed("the broker is stopping")
         self._subscribe()
 
+    def _write_acks(self, bodies: list[bytes]) -> None:
+        """The order, and what a crash at each edge leaves (the memory counts, as long as it is there):
+
+        claims ACKED      ── the acknowledgement in memory; without it, what the last progress record says
+        records appended  ── the same; whole in the log or cut with its torn tail
+        flushed           ── the acknowledgement, whatever is lost
+        """
+        client, runtime = self.client, self._home.config.runtime
+        seconds = runtime.sync_flush_timeout_ms / 1000
+        stands = "acknowledged in memory, where it stands whatever process dies, but not known to be on the disk"
+        end = 0
+        try:
+            for body in bodies:
+                _, end = client.append_system(RecordKind.PROGRESS, [body], runtime.send_timeout_ms * 1_000_000)
+            failpoint("consumer.acks_appended")
+            flushed = client.wait_flushed(end, int(seconds * 1e9))  # shares an fdatasync with whoever else waits
+        except ShmBrokerError as error:
+            raise AckNotDurable(f"{stands}: {error}") from error
+        if not flushed:
+            raise AckNotDurable(f"{stands}: not flushed within sync_flush_timeout = {seconds:g} s")
+
     def _read_behind(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[tuple[int, bytes | None]]:
         found: list[tuple[int, bytes | None]] = []
         size = 0
@@ -125,7 +161,10 @@ class SimpleConsumer(ConsumerCore):
     # ---- life
 
     def close(self) -> None:
-        """Leave the group. What was received and not acknowledged stays invisible until its time is over."""
+        """Leave the group. What was received and not acknowledged goes back to it at once, as a delivery that failed.
+
+        If this process has other consumers in the group, it goes back with the last of them, or when its time is over.
+        """
         self._shut()
 
     def __enter__(self) -> Self:

@@ -25,6 +25,7 @@ ShmBrokerError
 │   ├── StoreReadOnly     a write or fdatasync failed (EIO): nothing more is promised
 │   ├── CorruptLog        damage inside the log, with its exact place
 │   └── NotEnoughMemory   /dev/shm too small; says need, free and the setting
+├── AckNotDurable         the acknowledgement stands in memory, and is not known to be on the disk
 ├── NeedsRestart          this handle is of no more use; open again
 │   ├── LayoutMismatch    memory made by another version or build
 │   ├── BrokerClosed
@@ -178,6 +179,14 @@ class BrokerFenced(NeedsRestart):
 
 class ForkedHandleError(NeedsRestart):
     """The handle was made before a fork and used in the child (R25)."""
+
+
+class AckNotDurable(ShmBrokerError):
+    """A durable acknowledgement is done in memory, but not known to be on the disk; ``__cause__`` may say why.
+
+    It survives the death of every process, and reaches the disk with the group's next progress record if the disk
+    works; if the machine loses its memory before, the messages are delivered again.
+    """
 
 
 class PositionGone(ShmBrokerError):

@@ -74,6 +74,7 @@ FAILPOINTS: Final[dict[str, str]] = {
     "supervisor.running": "state RUNNING, opener not told",
     "supervisor.draining": "state DRAINING, workers not told",
     "supervisor.drained": "everything flushed, checkpoint clean, state STOPPED",
+    "consumer.acks_appended": "acknowledged in memory, the progress record appended, not flushed",
     "janitor.death_seen": "a client's death is known, nothing taken back",
     "janitor.reaped": "its claims, waiters and slot are free",
 }

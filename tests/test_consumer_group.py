@@ -75,6 +75,39 @@ def test_giving_a_message_back_wakes_a_waiting_member(broker: Broker) -> None:
         assert found == [b"work"]
 
 
+def test_a_closed_consumer_gives_back_what_it_did_not_acknowledge_and_wakes_another(directory: Path) -> None:
+    with shmbroker.open(directory, **SMALL) as broker, Child(CONSUMER, directory) as other:
+        assert other.read_line() == "ready"
+        send(broker, *numbered(5))
+        with broker.simple_consumer("audit", ALL) as consumer:
+            messages = consumer.receive(5)
+            consumer.ack(messages[:2])
+            other.write_line("ack 5")
+            wait_until(lambda: asleep(broker), "the other asleep")
+        assert other.read_line().split() == ["2", "3", "4"]
+        assert {table["held"] for table in broker.region.progress()} == {0}
+        with pytest.raises(shmbroker.BrokerClosed):
+            consumer.ack(messages[2])
+
+
+def test_what_one_of_a_processs_consumers_holds_goes_back_with_the_last_of_them(broker: Broker) -> None:
+    send(broker, *numbered(4))
+    last = broker.simple_consumer("audit", ALL)
+    first = broker.simple_consumer("audit", ALL)
+    kept = last.receive(1)
+    assert bodies_of(first.receive(2)) == numbered(2, 1)
+    first.close()
+    assert bodies_of(last.receive(4)) == numbered(1, 3)
+    last.ack(kept)
+    last.close()
+    with broker.simple_consumer("audit", ALL) as consumer, broker.simple_consumer("another", ALL) as stranger:
+        held = stranger.receive(2)
+        again = consumer.receive(4)
+        assert {int(m.body): m.delivery_attempt for m in again} == {1: 2, 2: 2, 3: 2}
+        consumer.close()
+        stranger.ack(held)  # of another group: not given back
+
+
 # ---- several consumers -----------------------------------------------------------------------------------------
 
 

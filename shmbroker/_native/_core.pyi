@@ -277,6 +277,8 @@ class Client:
     incarnation: int
     closed: bool
     def close(self) -> None: ...
+    def append_system(self, kind: int, bodies: Sequence[bytes], timeout_ns: int) -> tuple[int, int]:
+        """As Region.append_system, in this client's name."""
     def wait_flushed(self, position: int, timeout_ns: int) -> bool: ...
 
 class TopicRoute:
@@ -329,7 +331,10 @@ class ConsumerCore:
     group: str
     spin: bool
     lost: int  # messages that were deleted from the log before this consumer could read them
-    def __init__(self, client: Client, group: str, *, spin: bool = False, from_last: bool = False) -> None: ...
+    durable_acks: bool
+    def __init__(
+        self, client: Client, group: str, *, spin: bool = False, from_last: bool = False, durable_acks: bool = False
+    ) -> None: ...
     def receive(self, max_messages: int = 1, wait: float = 0.0, invisible: float = 60.0) -> list[ReceivedMessage]:
         """At most ``max_messages`` messages, as soon as there is one; [] if none comes within ``wait`` seconds.
 
@@ -337,13 +342,19 @@ class ConsumerCore:
         acknowledged. Messages of one queue come in the order of their offsets. Raises BadRequest, BrokerClosed,
         ForkedHandleError, LimitReached (max_waiters), CorruptLog, BrokerFenced.
         """
-    def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage]) -> None:
+    def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage], *, durable: bool | None = None) -> None:
         """These are done. Raises ReceiptExpired for those that are no longer this consumer's (``error.messages``); the
-        others are acknowledged all the same. BrokerFenced: another directory was promoted."""
+        others are acknowledged all the same. BrokerFenced: another directory was promoted.
+
+        The acknowledgement survives the death of every process at once, and a power cut once the group's progress has
+        been written to the log (``progress_interval``). ``durable=True`` writes it now and returns when it is on the
+        disk; None: as the consumer was made. Raises AckNotDurable if the disk fails or takes too long: the
+        acknowledgement is done all the same."""
     def change_invisible_duration(self, message: ReceivedMessage, seconds: float) -> None:
         """From now on ``message`` is this consumer's for ``seconds`` more; 0 gives it back at once. Raises ReceiptExpired."""
     def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | None], text: bytes, text_hash: int) -> bool: ...
     def _leave(self) -> None: ...
+    def _write_acks(self, bodies: list[bytes]) -> None: ...
     def _shut(self) -> None: ...
     def _reattach(self) -> None: ...
     def _read_behind(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[tuple[int, bytes | None]]: ...

@@ -30,8 +30,29 @@ static int by_offset(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The base is loaded before the overflow table is walked: a claim that moves there meanwhile is then above this base,
- * where a message that is not named is unacked. The other order would call it acked. */
+/* An overflow entry's claim; ACKED if the entry was freed since it was found, whatever it has been used for since. */
+static uint64_t overflow_claim(const sb_place *place)
+{
+    uint64_t w = sb_load(place->word) ^ place->binding;
+    uint64_t taken = sb_load(&place->entry->owner) >> 32; /* counts the reservations */
+    return taken == place->owner >> 32 ? w : SB_CLAIM_ACKED;
+}
+
+/* The claim of an offset whose word in the window is no longer about it, because the base is passing or has passed it:
+ * it lies in the overflow table, or it is acked. */
+static uint64_t claim_behind(const sb_region *r, uint32_t table, uint64_t offset)
+{
+    sb_place place;
+    uint64_t w = SB_CLAIM_ACKED;
+    if (sb_load(&sb_claims_at(r, table)->overflowed) && sb_overflow_find(r, table, offset, &place) == SB_OK) {
+        w = overflow_claim(&place);
+    }
+    return sb_claim_state(w) == SB_CLAIM_ACKED ? sb_claim_word(SB_CLAIM_ACKED, 0, 0, 0, sb_claim_lap(r, offset)) : w;
+}
+
+/* Others claim, ack and move the base meanwhile. What was acked before this was called is called acked, whatever they
+ * do: a durable ack waits for this record and no other. The base is loaded before the overflow table is walked: a claim
+ * that moves there meanwhile is then above this base, and looked up where the window says so. */
 uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_progress_run *runs, uint32_t room)
 {
     sb_claims *c = sb_claims_at(r, table);
@@ -42,7 +63,7 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
     *base_out = base;
     for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
         if (sb_overflow_live(r, table, i, &offset, &place) && offset < base) {
-            uint64_t w = sb_load(place.word) ^ place.binding;
+            uint64_t w = overflow_claim(&place);
             if (sb_claim_state(w) != SB_CLAIM_ACKED) {
                 add(&list, offset, (uint16_t)sb_claim_attempts(w), SB_RUN_UNACKED);
             }
@@ -61,6 +82,9 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
     }
     for (offset = base; offset < base + r->limits.claim_window; offset++) {
         uint64_t w = sb_load(sb_claim_place(r, c, offset));
+        if (sb_claim_left_window(r, w, offset) || sb_load(&c->base) > offset) {
+            w = claim_behind(r, table, offset);
+        }
         if (sb_claim_state(w) == SB_CLAIM_ACKED) {
             if (sb_claim_deadline(w) == sb_claim_lap(r, offset)) { /* not of the next lap */
                 add(&sorted, offset, 0, SB_RUN_ACKED);

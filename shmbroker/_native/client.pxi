@@ -110,6 +110,15 @@ cdef class Client:
             self.exit()
         return code
 
+    def append_system(self, uint8_t kind, bodies, int64_t timeout_ns):
+        """As Region.append_system, in this client's name: whoever closes the handle meanwhile does not free its wait slot."""
+        self.check()
+        self.enter()
+        try:
+            return self.region.append_system(kind, bodies, timeout_ns=timeout_ns)
+        finally:
+            self.exit()
+
     def wait_flushed(self, uint64_t position, int64_t timeout_ns):
         cdef int code
         self.check()

@@ -23,16 +23,22 @@ cdef dict memberships = {}
 cdef class ConsumerCore(_QueueReader):
     """Receives and acknowledges. Subclass: shmbroker.consumer.SimpleConsumer."""
     cdef public bint spin
+    cdef readonly bint durable_acks
     cdef bint shut, joined
 
-    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False):
+    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False):
         super().__init__(client, group, from_last=from_last)
         self.spin = spin
+        self.durable_acks = durable_acks
 
     # -- for the subclass
 
     def _reattach(self):
         """The broker has stopped: bind to its successor, or raise BrokerClosed."""
+        raise NotImplementedError
+
+    def _write_acks(self, list bodies):
+        """Write these PROGRESS bodies to the log and wait until they are flushed, or raise AckNotDurable."""
         raise NotImplementedError
 
     def _bind(self, Client client not None, filters, bytes text not None, uint64_t text_hash):
@@ -64,7 +70,8 @@ cdef class ConsumerCore(_QueueReader):
         return True
 
     def _leave(self):
-        """No longer a member; what this process holds in the group stays its own until acked or expired."""
+        """No longer a member. With the last consumer of this process in the group goes back what they did not acknowledge:
+        claims name their process, so that those of one among several consumers cannot be told from the others'."""
         if not self.joined:
             return
         self.joined = False
@@ -73,6 +80,8 @@ cdef class ConsumerCore(_QueueReader):
         if memberships[key] == 0:
             del memberships[key]
             if self.client.fork_generation == sb_fork_generation and not self.client.region.closed:
+                # With the GIL: a consumer made meanwhile by another thread must not lose what it claims.
+                sb_group_give_back(&self.client.region.r, self.group_slot, self.client.slot)
                 sb_group_leave(&self.client.region.r, self.group_slot, self.client.slot)
 
     def _shut(self):
@@ -227,7 +236,8 @@ cdef class ConsumerCore(_QueueReader):
             message.receipt = renewed.word
         return code
 
-    def ack(self, messages):
+    def ack(self, messages, *, durable=None):
+        cdef bint written = self.durable_acks if durable is None else durable
         cdef sb_region *r = self.client.check()
         cdef ReceivedMessage message
         cdef _Source source = None
@@ -235,6 +245,8 @@ cdef class ConsumerCore(_QueueReader):
         cdef list expired = None
         if self.shut:
             raise _errors.BrokerClosed("this consumer was closed")
+        if written and type(messages) is not ReceivedMessage:
+            messages = list(messages)
         if type(messages) is ReceivedMessage:
             message = <ReceivedMessage>messages
             source = message.source
@@ -258,8 +270,21 @@ cdef class ConsumerCore(_QueueReader):
         self.acked(r, source, count)
         if sb_load(&sb_marks(r).fenced):  # SYNC: fenced (R13)
             raise code_error(r, SB_FENCED, "acknowledging")
+        if written:
+            self._write_acks(self.progress_of(r, messages if type(messages) is list else [messages]))
         if expired is not None:
             raise expired_error("ack", expired)
+
+    cdef list progress_of(self, sb_region *r, list messages):
+        """The state of each queue that these messages are of, acks and all, as bodies of PROGRESS records (R14)."""
+        cdef dict bodies = {}
+        cdef ReceivedMessage message
+        cdef _Source source
+        for message in messages:
+            source = message.source
+            if source.table not in bodies and source.client is self.client and source.is_current(r):
+                bodies[source.table] = progress_body(r, source.table)
+        return list(bodies.values())
 
     cdef int acked(self, sb_region *r, _Source source, uint32_t count) except -1:
         if count:

@@ -55,6 +55,30 @@ static void wake_for(sb_region *r, const sb_claims *claims)
     }
 }
 
+/* Give back what `slot` holds, in one group or (SB_NIL) in all. */
+static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group)
+{
+    uint32_t released = 0;
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *claims = sb_claims_at(r, i);
+        if (sb_load(&claims->state) != SB_SLOT_LIVE || (group != SB_NIL && claims->group_slot != group)) {
+            continue;
+        }
+        uint32_t n = sb_claims_reap(r, i, slot);
+        sb_claim_base(r, i);
+        if (n) {
+            released += n;
+            wake_for(r, claims);
+        }
+    }
+    return released;
+}
+
+uint32_t sb_group_give_back(sb_region *r, uint32_t group, uint32_t slot)
+{
+    return group < r->limits.groups && slot < r->limits.clients ? give_back(r, slot, group) : 0;
+}
+
 int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *released)
 {
     *released = 0;
@@ -71,18 +95,7 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
         return SB_GONE; /* somebody else reaps it */
     }
     (void)sb_append_lock_check(r);
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
-        sb_claims *claims = sb_claims_at(r, i);
-        if (sb_load(&claims->state) != SB_SLOT_LIVE) {
-            continue;
-        }
-        uint32_t n = sb_claims_reap(r, i, slot);
-        sb_claim_base(r, i);
-        if (n) {
-            *released += n;
-            wake_for(r, claims);
-        }
-    }
+    *released = give_back(r, slot, SB_NIL);
     for (uint32_t i = 0; i < r->limits.groups; i++) {
         sb_group_leave(r, i, slot);
     }

@@ -11,6 +11,9 @@ int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t in
  * *released: claims that are free again. A kill in here leaves the slot DEAD: the next call finishes. */
 int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *released);
 
+/* Give back what a living client holds in one group, each with its attempt counted. Returns how many claims. */
+uint32_t sb_group_give_back(sb_region *r, uint32_t group, uint32_t slot);
+
 /* One round: expired claims, lost wake-ups, locks of the dead. *expired claims; *next_ms until the next deadline, SB_NIL: none. */
 void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *next_ms);
 
