@@ -94,8 +94,8 @@ def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
 def _holder(oldest: dict[str, Any] | None) -> str:
     if oldest is None:
         return "-"
-    who = f"held by {oldest['pid']} ({oldest['name']})" if oldest["pid"] else "held by nobody"
-    return f"{oldest['message_id']} attempts {oldest['attempts']}, {who}"
+    holder = f", held by {oldest['pid']} ({oldest['name']})" if oldest["pid"] else ""
+    return f"{oldest['message_id']}, attempts {oldest['attempts']}{holder}"
 
 
 def _lags(session: Session, name: str | None) -> list[dict[str, Any]]:
