@@ -81,13 +81,12 @@ class Janitor:
             self._forget(pidfd)  # it closed its handle and lives on
 
     def _reap(self, pidfd: int) -> None:
-        client = self._forget(pidfd)
-        failpoint("janitor.death_seen")  # the slot is still LIVE with a dead pid: the next janitor finds it
-        self._take_back(client)
-        failpoint("janitor.reaped")
+        self._take_back(self._forget(pidfd))
 
     def _take_back(self, client: _Watched) -> None:
+        failpoint("janitor.death_seen")  # the slot is still LIVE with a dead pid: the next janitor finds it
         released = self._region.reap(client.slot, client.generation)
+        failpoint("janitor.reaped")
         self._log.info("process %d (%s) has died: %d claims released", client.pid, client.name, released)
 
     def _forget(self, pidfd: int) -> _Watched:
