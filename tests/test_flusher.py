@@ -85,7 +85,7 @@ def test_one_fdatasync_answers_everybody_who_waits_for_it(tmp_path: Path) -> Non
         for sender in senders:
             sender.join()
         assert statuses == [SendStatus.SEND_OK] * 80
-        assert time.monotonic() - begin < 2.0
+        assert 5 * 0.05 <= time.monotonic() - begin < 2.0
     assert sorted(log_bodies(tmp_path / "b")) == sorted(body(number) for number in range(16) for _ in range(5))
 
 

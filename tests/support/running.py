@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.processes import SMALL, processes_of
+from support.processes import SMALL, kill_all, processes_of
 from support.waiting import wait_until
 
 import shmbroker
+from shmbroker import memory
+from shmbroker.descriptor import read_descriptor
 from shmbroker.naming import BrokerPaths
 from shmbroker.record import Record, RecordKind
 from shmbroker.store.checkpoint import CheckpointFile
@@ -63,6 +65,15 @@ def starts_of(broker: shmbroker.Broker, role: str) -> int:
 
 def wait_word(broker: shmbroker.Broker, word: str, at_least: int) -> None:
     wait_until(lambda: broker.region.get(word) >= at_least, f"{word} >= {at_least}")
+
+
+def lose_memory(directory: Path) -> None:
+    """Kill everything that serves the directory, and take away its memory: only what is in files is left."""
+    kill_all(directory)
+    paths = BrokerPaths(directory)
+    descriptor = read_descriptor(paths)
+    assert descriptor is not None
+    memory.remove(paths, descriptor)
 
 
 # ---- what is on the disk ----------------------------------------------------------------------------------------
