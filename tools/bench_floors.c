@@ -131,7 +131,7 @@ typedef struct {
     _Alignas(128) _Atomic uint64_t flushed;
     _Alignas(128) _Atomic uint32_t flusher_asleep;
     _Alignas(128) _Atomic uint32_t done[2]; /* counts the flushes of even and of odd batches: waited on by futex */
-    _Atomic uint32_t go, stop;
+    _Atomic uint32_t go, stop, producers_gone; /* the flusher leaves last: nobody may wait for it in vain */
     uint64_t ring_bytes, record_bytes;
     uint8_t *ring;
 } floor_log;
@@ -244,11 +244,11 @@ static void flusher(floor_log *log, int file) {
     uint64_t flushed = 0;
     for (;;) {
         while (atomic_load(&log->tail) == flushed) {
-            if (atomic_load(&log->stop)) {
+            if (atomic_load(&log->producers_gone)) {
                 return;
             }
             atomic_store(&log->flusher_asleep, 1);
-            if (atomic_load(&log->tail) == flushed && !atomic_load(&log->stop)) {
+            if (atomic_load(&log->tail) == flushed && !atomic_load(&log->producers_gone)) {
                 futex_wait(&log->flusher_asleep, 1);
             }
             atomic_store(&log->flusher_asleep, 0);
@@ -339,6 +339,8 @@ static void run_handover(char **argument) {
     for (int i = 0; i < producers; i++) {
         wait(NULL);
     }
+    atomic_store(&log->producers_gone, 1);
+    atomic_store(&log->flusher_asleep, 0); /* also if it is just about to sleep: the value it waits for has gone */
     futex_wake(&log->flusher_asleep);
     wait(NULL);
     size_t count = 0;
