@@ -28,7 +28,7 @@ bench: $(VENV)/.installed
 
 native-test:
 	@PYTHON="$(PYTHON)" sh tools/preflight.sh
-	$(MAKE) --no-print-directory -C tests/native
+	$(MAKE) --no-print-directory --silent -C tests/native
 
 # mypy and import-linter look at the tree as it is installed: workers/ and tools/ inside the package.
 lint: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools

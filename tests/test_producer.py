@@ -75,7 +75,7 @@ def stopped_flusher(broker: Broker) -> Iterator[None]:
     """The flusher stands still: nothing reaches the disk, the ring fills."""
     pid = worker_pid(broker, "flusher")
     region = broker.region
-    wait_until(lambda: region.get("user_capacity") >= region.get("tail") + region.ring_bytes, "segments for a full ring")
+    wait_until(lambda: region.get("user_capacity") >= region.get("tail") + region.ring_bytes, "room for a full ring")
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
