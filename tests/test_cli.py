@@ -11,8 +11,9 @@ from pathlib import Path
 import click
 from support.command import TIMEOUT
 
+from shmbroker import errors
 from shmbroker.tools.cli import COMMANDS, cli
-from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.exit_codes import ExitCode, exit_code
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -50,3 +51,8 @@ def test_the_exit_codes_are_those_of_the_documents() -> None:
         int(code) for row in re.findall(r"^\| ([\d, ]+) \|", text, flags=re.MULTILINE) for code in row.split(",")
     }
     assert documented == {int(code) for code in ExitCode}
+
+
+def test_every_error_of_the_library_has_an_exit_code_that_says_what_to_do() -> None:
+    leaves = [cls for cls in vars(errors).values() if isinstance(cls, type) and not cls.__subclasses__()]
+    assert [cls.__name__ for cls in leaves if exit_code(cls("why")) is ExitCode.INTERNAL] == []

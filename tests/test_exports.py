@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_every_error_is_public_and_says_when_it_is_raised() -> None:
     assert [name for name, cls in classes.items() if not cls.__doc__] == []
     tree = errors.__doc__ or ""
     assert [name for name in classes if name not in tree] == [], "missing from the drawing"
+
+
+def test_the_documents_say_what_to_do_about_every_error() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    named = set(re.findall(r"`([A-Z]\w+)`", text))
+    assert {name for name, cls in vars(errors).items() if isinstance(cls, type)} - named == set()
 
 
 def test_public_classes_and_functions_have_docstrings() -> None:

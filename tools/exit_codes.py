@@ -30,6 +30,7 @@ _BY_CLASS: tuple[tuple[type[Exception], ExitCode], ...] = (
     (errors.NeedsOperator, ExitCode.OPERATOR),
     (errors.NeedsRestart, ExitCode.NOT_SERVED),
     (errors.PositionGone, ExitCode.FINDING),
+    (errors.AckNotDurable, ExitCode.RETRY_LATER),
     (PermissionError, ExitCode.REFUSED),
     (OSError, ExitCode.OPERATOR),
 )
