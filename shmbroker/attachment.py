@@ -175,16 +175,22 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
     """A pidfd of the next supervisor, started by us if nobody of a lower rank does; None if none comes to life."""
     deadline = time.monotonic() + OPEN_TIMEOUT
     may_start_at = time.monotonic() + rank * _STAGGER_SECONDS
+    may_start = is_owner(paths)  # who shares a directory waits for its owner's processes to do it
     while time.monotonic() < deadline:
         found = memory.attach(paths)
         if found is not None:
             pidfd = process.open_pidfd(found[0].get("supervisor_pid"), found[0].get("supervisor_start_ticks"))
             if pidfd is not None:
                 return pidfd
-        if process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
+        if may_start and process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
             start_supervisor(paths, settings, deadline, armed=False)
         time.sleep(_POLL_SECONDS)
     return None
+
+
+def is_owner(paths: BrokerPaths) -> bool:
+    """Whether this process may start the broker: only the directory's owner can remove the memory of a former one."""
+    return paths.directory.stat().st_uid == os.geteuid()
 
 
 def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, armed: bool = True) -> None:

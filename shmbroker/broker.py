@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
-from shmbroker.attachment import OPEN_TIMEOUT, Attachment, connect, keep_supervised
+from shmbroker.attachment import OPEN_TIMEOUT, Attachment, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
-from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, TopicNotExist
 from shmbroker.naming import BrokerPaths, check_group, check_topic
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def open(  # noqa: A001 - as in gzip.open
     """
     failpoint.arm_from_environment("client")
     paths = BrokerPaths(Path(directory).absolute())
-    wanted = load(paths.directory, config, settings)
-    return Broker(paths, connect(paths, wanted, timeout))
+    try:
+        wanted = load(paths.directory, config, settings)
+        return Broker(paths, connect(paths, wanted, timeout))
+    except PermissionError as error:
+        raise AttachRefused(f"{paths.directory} belongs to another user, who does not share it: {error}") from error
 
 
 class Broker:
@@ -90,8 +93,9 @@ class Broker:
             if attached.is_gone():
                 attached.close()
                 timeout = self.config.runtime.send_timeout_ms / 1000
-                # Who serves a broker that is not embedded starts it again, too.
-                attached = connect(self._paths, self.config, timeout, may_start=attached.embedded)
+                # Who serves a broker that is not embedded starts it again, too; so does the owner one that is shared.
+                may_start = attached.embedded and is_owner(self._paths)
+                attached = connect(self._paths, self.config, timeout, may_start=may_start)
                 self._attached = attached
                 self.config = Config.of(attached.descriptor.settings)
                 self._close_files()

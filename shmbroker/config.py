@@ -1,7 +1,7 @@
 """Settings: every key with its default, unit, limits and meaning, and the only reader of files and environment.
 
-Two kinds. *Layout* keys size the shared memory and the segments: they are fixed when the memory (``segment_bytes``: the
-directory) is made and compared when it is attached. *Runtime* keys may differ from one start of the broker to the next.
+Two kinds. *Layout* keys shape the shared memory and the segments: they are fixed when the memory (``segment_bytes``:
+the directory) is made and compared when it is attached. *Runtime* keys may differ from one start to the next.
 
 The first of these that names a key wins: argument, environment ``SHMBROKER_<KEY>``, ``DIRECTORY/broker.toml`` or the
 file given instead, default. A file is flat, like RocketMQ's ``broker.conf``, and RocketMQ's spelling of a key is as
@@ -53,7 +53,7 @@ def _key(default: Any, meaning: str, low: float = 0, high: float = 0, **rest: An
 
 @dataclass(frozen=True, slots=True)
 class LayoutConfig:
-    """Sizes of the shared memory and of the segments; fixed at creation."""
+    """Sizes of the shared memory and of the segments, and whose the memory is; fixed at creation."""
 
     ring_bytes: int = _key(
         32 * MIB, "bytes of the newest messages kept in shared memory", 64 * KIB, 2 * GIB, power_of_two=True
@@ -81,6 +81,7 @@ class LayoutConfig:
     id_window: int = _key(
         16_384, "message ids and dedup keys remembered against a second copy", 64, 1 << 24, power_of_two=True
     )
+    share_with_group: str = _key("", "members of this group may use the broker as well as the directory's owner")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -321,6 +322,8 @@ def _convert(key: str, value: Any) -> Any:
         if number is None or unit not in _SIZE_UNITS or (unit and not key.endswith("_bytes")):
             return value
         return int(number[1]) * _SIZE_UNITS[unit]
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a group's number
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         return float(value)
     return value
@@ -344,6 +347,8 @@ def limits_text(key: str) -> str:
         return " or ".join(rule.choices)
     if kind is bool:
         return "true or false"
+    if kind is str:
+        return "a name or a number, or nothing"
     extra = ", a power of two" if rule.power_of_two else ""
     extra += f", a multiple of {rule.multiple_of}" if rule.multiple_of > 1 else ""
     return f"{rule.low:g} to {rule.high:g}{extra}" if kind is float else f"{rule.low} to {rule.high}{extra}"
@@ -366,7 +371,7 @@ def _acceptable(value: Any, kind: type, rule: Rule) -> bool:
         return False
     if rule.choices:
         return value in rule.choices
-    if kind is bool:
+    if kind in (bool, str):
         return True
     number = cast(int, value)
     if not rule.low <= number <= rule.high:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from shmbroker import access
 from shmbroker.errors import AttachRefused, LayoutMismatch
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths, is_object_name
@@ -85,6 +86,7 @@ def write_descriptor(paths: BrokerPaths, descriptor: Descriptor) -> None:
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as stream:
+        access.admit(fd, access.group_of(descriptor.settings))
         json.dump(asdict(descriptor), stream, indent=1)
         stream.flush()
         os.fsync(fd)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from shmbroker import process
+from shmbroker import access, process
 from shmbroker.failpoint import ENVIRONMENT_KEY
 from shmbroker.naming import BrokerPaths
 
@@ -93,7 +93,7 @@ class Fleet:
         if member.starts:
             environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        log_fd = os.open(self._paths.worker_log(member.role), flags, 0o600)
+        log_fd = os.open(self._paths.worker_log(member.role), flags, access.file_mode())
         # Blocked signals stay blocked over an exec: a worker told to leave while its interpreter is still starting
         # hears of it once it can finish properly (leave_on_signals).
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -109,7 +110,8 @@ class Janitor:
             self._log.warning(
                 "process %d was stopped holding the append lock: killed, as stopped_lock_holder says", pid
             )
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with suppress(PermissionError):  # another user's, of a shared broker
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         else:
             self._log.warning("process %d is stopped and holds the append lock: nobody can send until it goes on", pid)
 

@@ -1,8 +1,9 @@
 """The two shared-memory objects of a broker: make, attach, look at what a killed broker left, remove.
 
 Nothing found is believed before it is checked: names must be such as we make, objects must belong to the directory's
-owner and be closed to everybody else, descriptor and control segment must name the same directory and instance (R22),
-this boot, and the pid and ipc namespace we are in (R19).
+owner and be open to nobody else, or to the one group that the descriptor is open to as well (R25), descriptor and
+control segment must name the same directory and instance (R22), this boot, and the pid and ipc namespace we are in
+(R19).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 
 import posix_ipc
 
-from shmbroker import process
+from shmbroker import access, process
 from shmbroker._native._core import FINGERPRINT, Region
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor, directory_identity, read_descriptor, write_descriptor
@@ -69,7 +70,7 @@ def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch
     fds: list[int] = []
     try:
         for name, size in zip((control_name, ring_name), sizes, strict=True):
-            fds.append(_allocate(name, size, sum(sizes)))
+            fds.append(_allocate(name, size, sum(sizes), access.group_of(descriptor.settings)))
         failpoint("memory.allocated")  # leaves objects full of zeros: no magic, removed by the next supervisor
         region = Region.create(
             fds[0],
@@ -95,11 +96,11 @@ def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch
     return region
 
 
-def _allocate(name: str, size: int, needed: int) -> int:
-    """A new object of mode 0600 whose pages exist: a full /dev/shm is an error here, not a SIGBUS later."""
-    made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+def _allocate(name: str, size: int, needed: int, group: int | None) -> int:
+    """A new object whose pages exist: a full /dev/shm is an error here, not a SIGBUS later."""
+    made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=access.PRIVATE_FILE)
     try:
-        os.fchmod(made.fd, 0o600)  # whatever the umask took away
+        access.admit(made.fd, group)  # whatever the umask took away
         os.posix_fallocate(made.fd, 0, size)
     except OSError as error:
         made.close_fd()
@@ -183,6 +184,14 @@ def leftover(paths: BrokerPaths) -> tuple[Leftover, Descriptor | None]:
     return Leftover.USABLE if same else Leftover.FOREIGN, descriptor
 
 
+def group_in_force(paths: BrokerPaths, config: Config) -> int | None:
+    """The group that a killed broker's memory is shared with; if there is none, the one that the settings name."""
+    descriptor = read_descriptor(paths)
+    if descriptor is None or descriptor.boot_id != process.boot_id().hex():
+        return access.group_of(config.as_dict())
+    return access.group_of(descriptor.settings)
+
+
 def unflushed(paths: BrokerPaths, descriptor: Descriptor, chunk_bytes: int = MIB) -> Iterator[tuple[int, bytes]]:
     """What the ring holds and the disk does not, as (position, bytes), by the frozen header of any version (R22)."""
     with _opened(paths, descriptor) as fds:
@@ -205,9 +214,14 @@ def _opened(paths: BrokerPaths, descriptor: Descriptor) -> Iterator[tuple[int, i
     """Descriptors of the two objects, or None if they are gone (a reboot, or removed by hand)."""
     fds: list[int] = []
     try:
+        closed = paths.descriptor.stat()
+    except FileNotFoundError:
+        yield None
+        return
+    try:
         for name in (descriptor.control, descriptor.ring):
             fds.append(posix_ipc.SharedMemory(name).fd)
-            _check_owner(paths, name, os.fstat(fds[-1]))
+            _check_access(closed, name, os.fstat(fds[-1]))
         yield fds[0], fds[1]
     except posix_ipc.ExistentialError:
         yield None
@@ -218,11 +232,15 @@ def _opened(paths: BrokerPaths, descriptor: Descriptor) -> Iterator[tuple[int, i
             os.close(fd)
 
 
-def _check_owner(paths: BrokerPaths, name: str, status: os.stat_result) -> None:
-    if status.st_uid != paths.directory.stat().st_uid or stat.S_IMODE(status.st_mode) != 0o600:
+def _check_access(descriptor: os.stat_result, name: str, found: os.stat_result) -> None:
+    """An object must be as closed as the descriptor, which the directory's owner wrote; never is it open to all."""
+    shared = stat.S_IMODE(descriptor.st_mode) == access.SHARED_FILE
+    mode = access.SHARED_FILE if shared else access.PRIVATE_FILE
+    wrong_group = shared and found.st_gid != descriptor.st_gid
+    if found.st_uid != descriptor.st_uid or stat.S_IMODE(found.st_mode) != mode or wrong_group:
         raise AttachRefused(
-            f"{SHM_DIRECTORY}{name} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):o}: expected the "
-            "directory's owner and 600"
+            f"{SHM_DIRECTORY}{name} has owner {found.st_uid}, group {found.st_gid} and mode "
+            f"{stat.S_IMODE(found.st_mode):o}: expected the directory's owner{' and group' * shared} and {mode:o}"
         )
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from shmbroker import access
 from shmbroker._native import _core
 
 SUPERVISOR_KEY: Final = "SHMBROKER_SUPERVISOR_PID"  # in a worker's environment: whose memory it is to work on
@@ -93,7 +94,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, access.file_mode())
 
     def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock, waiting at most ``timeout`` seconds for its holder to release it or to die."""

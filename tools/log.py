@@ -214,10 +214,11 @@ def _rebuild(session: Session, *, derived: bool, replace: bool) -> tuple[list[di
 @contextmanager
 def _stopped(session: Session) -> Iterator[None]:
     """Hold the directory's lock: no broker runs, and none can start meanwhile."""
-    from shmbroker import process
+    from shmbroker import access, process
 
     paths = session.require_directory()
     paths.run.mkdir(mode=0o700, exist_ok=True)
+    access.adopt(paths)  # what is rebuilt is as open as what it replaces
     lock = process.FileLock(paths.lock)
     try:
         if not lock.acquire():

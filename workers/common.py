@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from shmbroker import failpoint, memory, process
+from shmbroker import access, failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor
@@ -102,6 +102,7 @@ def run(role: str, serve: Callable[[Worker], None], argv: Sequence[str] | None =
     if not paths.run.is_dir():
         print(f"{role}: no broker runs in {paths.directory}", file=sys.stderr)
         return EXIT_NO_BROKER
+    access.adopt(paths)
     start_log(role, paths)
     return guarded(role, lambda: _work(role, serve, paths))
 
@@ -199,8 +200,9 @@ def _watch(worker: Worker, supervisor: int) -> None:
 
 
 def start_log(role: str, paths: BrokerPaths, *, to_stderr: bool = False) -> None:
-    """Log to run/<role>.log, appending, mode 0600; a supervisor in the foreground to stderr as well."""
-    fd = os.open(paths.worker_log(role), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    """Log to run/<role>.log, appending; a supervisor in the foreground to stderr as well."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(paths.worker_log(role), flags, access.file_mode())
     handler = logging.StreamHandler(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace"))
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("shmbroker")

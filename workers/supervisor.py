@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from shmbroker import failpoint, memory, process
+from shmbroker import access, failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
 from shmbroker.errors import AttachRefused, NotReady, ShmBrokerError
@@ -185,6 +185,8 @@ def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
     supervisor = Supervisor(paths, config, embedded=report_fd is not None)
     common.leave_on_signals(supervisor.request_stop)
     try:
+        access.arrange(paths, memory.group_in_force(paths, config))
+        access.adopt(paths)
         return supervisor.serve(lambda: report(report_fd, {"ready": True}))
     except Exception:
         log.exception("cannot serve")

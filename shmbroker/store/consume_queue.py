@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from shmbroker import access
 from shmbroker._native._core import RECORD_HEADER_BYTES, crc32c
 from shmbroker.errors import CorruptLog
 
@@ -75,7 +76,7 @@ class ConsumeQueues:
         self._dirty_files: set[tuple[int, int, int]] = set()
         self._dirty_directories: set[Path] = set()
         if writable:
-            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=access.directory_mode(), exist_ok=True)
 
     def close(self) -> None:
         while self._open:
@@ -286,10 +287,10 @@ class ConsumeQueues:
             if not create:
                 raise
         for directory in (path.parent.parent, path.parent):
-            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=access.directory_mode(), exist_ok=True)
         with self._dirty:
             self._dirty_directories.update((path.parent, path.parent.parent, self._directory))
-        return os.open(path, flags | os.O_CREAT, 0o600)
+        return os.open(path, flags | os.O_CREAT, access.file_mode())
 
     def _forget(self, topic_id: int, queue_id: int, first: int) -> None:
         fd = self._open.pop((topic_id, queue_id, first), None)

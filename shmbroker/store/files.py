@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Final, Protocol
 
-FILE_MODE: Final = 0o600
+from shmbroker import access
+
 ZERO_STEP_BYTES: Final = 8 * 1024 * 1024
 _ZEROS: Final = bytes(1024 * 1024)
 
@@ -21,7 +22,7 @@ class Disk(Protocol):
 
 def open_file(path: Path, flags: int) -> int:
     """Open ``path`` itself, never what a link there points to; the descriptor does not survive an exec."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, access.file_mode())
 
 
 def sync_directory(directory: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Final
 
 import lmdb
 
+from shmbroker import access
 from shmbroker.record import Record, RecordFlag
 
 logger = logging.getLogger(__name__)
@@ -220,12 +221,12 @@ class KeyIndex:
 
     def _open(self) -> None:
         if self._writable:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._directory.mkdir(mode=access.directory_mode(), exist_ok=True)
         self._environment = lmdb.open(
             str(self._directory),
             map_size=self._map_bytes if self._writable else 0,
             max_dbs=len(TABLES) + 1,
-            mode=0o600,
+            mode=access.file_mode(),
             readonly=not self._writable,
             metasync=False,
             readahead=False,

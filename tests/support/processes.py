@@ -40,9 +40,15 @@ SMALL: Final[dict[str, Any]] = {
 class Child:
     """A Python process that runs ``source`` with ``arguments`` and talks in lines. Killed when the test leaves it."""
 
-    def __init__(self, source: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        wrapper: tuple[str, ...] = (),
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-u", "-c", textwrap.dedent(source), *map(str, arguments)],
+            [*wrapper, sys.executable, "-u", "-c", textwrap.dedent(source), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
