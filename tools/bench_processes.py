@@ -16,6 +16,7 @@ import posix_ipc
 
 import shmbroker
 from shmbroker import Message, SendStatus
+from shmbroker._native._core import set_process_name
 
 TOPIC = "bench"
 GROUP = "bench"
@@ -74,6 +75,8 @@ def _expect(name: str, pipe: Connection, seconds: float) -> Any:
 
 
 def _main(pipe: Connection, role: Role, arguments: tuple[Any, ...]) -> None:
+    set_process_name("shmb-bench")
+
     def gate() -> None:
         pipe.send((False, "ready"))
         pipe.recv()
