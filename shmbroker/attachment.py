@@ -23,7 +23,7 @@ from typing import Any, Final
 from shmbroker import errors, memory, process
 from shmbroker._native._core import Client, Region
 from shmbroker.config import Config
-from shmbroker.descriptor import Descriptor, read_descriptor
+from shmbroker.descriptor import Descriptor, directory_identity, read_descriptor
 from shmbroker.errors import AttachRefused, BrokerClosed, ConfigConflict, LayoutMismatch, NotReady, ShmBrokerError
 from shmbroker.failpoint import ENVIRONMENT_KEY
 from shmbroker.naming import BrokerPaths
@@ -50,6 +50,13 @@ class Attachment:
     def is_gone(self) -> bool:
         """True in a forked child, and when the broker has stopped."""
         return self.pid != os.getpid() or self.region.closed or self.region.get("state") == memory.STATE_STOPPED
+
+    def is_in_place(self, paths: BrokerPaths) -> bool:
+        """False once the broker's directory was removed or moved: what may lie at its path is not this broker's."""
+        try:
+            return directory_identity(paths) == self.descriptor.directory
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Leave the broker; in a forked child only forget it, since the slot is the parent's."""
@@ -155,7 +162,7 @@ def _replace_supervisor(paths: BrokerPaths, attached: Attachment) -> int | None:
     """A pidfd of the successor; None if the broker has stopped, or its memory has been given up."""
     region = attached.region
     try:
-        if region.get("state") == memory.STATE_STOPPED:
+        if region.get("state") == memory.STATE_STOPPED or not attached.is_in_place(paths):
             return None
         rank = sum(other["slot"] < attached.client.slot for other in region.clients())
         successor = _succeed(paths, Config.of(attached.descriptor.settings), rank)

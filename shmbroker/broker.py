@@ -84,7 +84,8 @@ class Broker:
     def attach(self) -> Client:
         """This process's attachment to the running broker: a new one after a fork, or after the broker was restarted.
 
-        Raises BrokerClosed (handle closed) and NotReady (no running broker within the send timeout).
+        Raises BrokerClosed (handle closed, directory removed or moved) and NotReady (no running broker within the send
+        timeout).
         """
         with self._lock:
             if self._closed:
@@ -92,6 +93,8 @@ class Broker:
             attached = self._attached
             if attached.is_gone():
                 attached.close()
+                if not attached.is_in_place(self._paths):
+                    raise BrokerClosed(f"{self.directory} was removed or moved while it was open: open it anew")
                 timeout = self.config.runtime.send_timeout_ms / 1000
                 # Who serves a broker that is not embedded starts it again, too; so does the owner one that is shared.
                 may_start = attached.embedded and is_owner(self._paths)

@@ -227,6 +227,16 @@ def drain(region: Region, paths: BrokerPaths, fleet: Fleet) -> bool:
     return True
 
 
+def desert(region: Region, descriptor: Descriptor, fleet: Fleet, *, removed: bool) -> None:
+    """Leave a directory that is no longer where it was. A moved one keeps its memory, for whoever opens it there."""
+    region.set("state", memory.STATE_STOPPED if removed else memory.STATE_DRAINING)
+    for role in WORKERS:
+        fleet.kill(role)
+    if removed:
+        memory.remove_objects(descriptor)
+    region.close()
+
+
 def _finish(region: Region, fleet: Fleet, role: str) -> bool:
     """Let the worker of a role finish and leave, whoever started it: a process manager may run workers of its own."""
     at_work = next((worker for worker in region.workers() if worker["role"] == role), None)

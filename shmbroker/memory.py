@@ -23,7 +23,7 @@ from shmbroker import access, process
 from shmbroker._native._core import FINGERPRINT, Region
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor, directory_identity, read_descriptor, write_descriptor
-from shmbroker.errors import AttachRefused, LayoutMismatch, NotEnoughMemory
+from shmbroker.errors import AttachRefused, LayoutMismatch, NotEnoughMemory, NotReady
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths, object_names
 
@@ -127,12 +127,55 @@ def _not_enough(needed: int) -> NotEnoughMemory:
 
 def remove(paths: BrokerPaths, descriptor: Descriptor) -> None:
     """Unlink the objects and then the descriptor. Mapped memory stays until its processes leave."""
+    remove_objects(descriptor)
+    failpoint("memory.unlinked")  # leaves a descriptor that names nothing
+    paths.descriptor.unlink(missing_ok=True)
+
+
+def remove_objects(descriptor: Descriptor) -> None:
+    """Unlink the objects of a broker whose directory has gone, and the descriptor with it."""
     for name in (descriptor.control, descriptor.ring):
         with suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(name)
         failpoint("memory.control_unlinked")  # leaves one object and the descriptor: Leftover.NOTHING, removed again
-    failpoint("memory.unlinked")  # leaves a descriptor that names nothing
-    paths.descriptor.unlink(missing_ok=True)
+
+
+class Vanished(Enum):
+    """What somebody took away from under a running broker."""
+
+    REMOVED = "its directory was removed"
+    MOVED = "its directory was moved"
+    UNLINKED = "its memory objects were removed"
+
+
+class Footing:
+    """Watches that a running broker's directory and memory objects are still where they were.
+
+    ``run/`` stands for the directory: with it the lock is gone that keeps a second broker out.
+    """
+
+    def __init__(self, paths: BrokerPaths) -> None:
+        descriptor = read_descriptor(paths)
+        if descriptor is None:
+            raise NotReady(f"{paths.descriptor} has gone while the broker starts")
+        self._paths = paths
+        self.descriptor = descriptor
+        self._objects = [SHM_DIRECTORY / name[1:] for name in (descriptor.control, descriptor.ring)]
+        self._run = os.open(paths.run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def vanished(self) -> Vanished | None:
+        """Look: a few system calls."""
+        ours = os.fstat(self._run)
+        try:
+            found = self._paths.run.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
+            return Vanished.MOVED if ours.st_nlink else Vanished.REMOVED
+        return None if all(path.exists() for path in self._objects) else Vanished.UNLINKED
+
+    def close(self) -> None:
+        os.close(self._run)
 
 
 # ---- attach and look ----------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
 from shmbroker.errors import AttachRefused, NotReady, ShmBrokerError
 from shmbroker.fleet import Fleet
+from shmbroker.memory import Footing, Vanished
 from shmbroker.naming import BrokerPaths
 from shmbroker.workers import common
 
 LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping
 LOOK_SECONDS: Final = 0.1  # an embedded broker counts its clients so often
+FOOTING_SECONDS: Final = 0.5  # so often, at least, whether directory and memory are still there
 
 log = logging.getLogger("shmbroker.supervisor")
 
@@ -48,8 +50,11 @@ class Supervisor:
         with suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
 
-    def serve(self, tell_ready: Callable[[], None]) -> int:
-        """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code."""
+    def serve(self, tell_ready: Callable[[], None]) -> int | None:
+        """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code.
+
+        None: somebody has unlinked the memory. All of it is in the log now, and the broker is to be opened anew.
+        """
         fleet = Fleet(self._paths, log)
         # Its interpreter starts while this one loads the rest and reads the log; it waits for the memory.
         fleet.start(["flusher"])
@@ -57,6 +62,7 @@ class Supervisor:
 
         try:
             region, config = self._start(fleet)
+            footing = Footing(self._paths)
         except BaseException:
             lifecycle.abandon(self._paths)
             fleet.kill("flusher")
@@ -64,11 +70,19 @@ class Supervisor:
         tell_ready()
         fleet.start(["dispatcher", "janitor"])
         log.info("serving %s, epoch %d", self._paths.directory, region.get("epoch"))
-        self._stay(region, fleet, config.runtime.embed_grace_ms / 1000)
-        if lifecycle.drain(region, self._paths, fleet):
-            log.info("stopped")
-            return common.EXIT_OK
-        return common.EXIT_STORE
+        vanished = self._stay(region, fleet, footing, config.runtime.embed_grace_ms / 1000)
+        footing.close()
+        if vanished is not None:
+            log.critical("%s, while the broker runs", vanished.value)
+        if vanished in (Vanished.REMOVED, Vanished.MOVED):
+            lifecycle.desert(region, footing.descriptor, fleet, removed=vanished is Vanished.REMOVED)
+            return common.EXIT_STORE
+        if not lifecycle.drain(region, self._paths, fleet):
+            return common.EXIT_STORE
+        if vanished is not None and not self._stop_requested:
+            return None
+        log.info("stopped")
+        return common.EXIT_OK
 
     def _start(self, fleet: Fleet) -> tuple[Region, Config]:
         """Everything up to the first send."""
@@ -85,17 +99,24 @@ class Supervisor:
         lifecycle.run(region)
         return region, config
 
-    def _stay(self, region: Region, fleet: Fleet, grace: float) -> None:
-        """Keep the workers running until told to stop or, embedded, until nobody is attached any more."""
+    def _stay(self, region: Region, fleet: Fleet, footing: Footing, grace: float) -> Vanished | None:
+        """Keep the workers running until told to stop, or (embedded) until nobody is attached; or: what vanished."""
         from shmbroker.lifecycle import live_clients
 
         last_seen = time.monotonic()
         while not self._stop_requested:
-            fleet.tend(LOOK_SECONDS if self._embedded else 3600.0, self._wake_read)
+            try:
+                fleet.tend(LOOK_SECONDS if self._embedded else FOOTING_SECONDS, self._wake_read)
+            except FileNotFoundError:  # a worker whose log has no place any more
+                if footing.vanished() is None:
+                    raise
+            if (vanished := footing.vanished()) is not None:
+                return vanished
             if not self._embedded or live_clients(region):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
-                return
+                break
+        return None
 
 
 def _nobody_comes(region: Region) -> bool:
@@ -187,7 +208,10 @@ def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
     try:
         access.arrange(paths, memory.group_in_force(paths, config))
         access.adopt(paths)
-        return supervisor.serve(lambda: report(report_fd, {"ready": True}))
+        code = supervisor.serve(lambda: report(report_fd, {"ready": True}))
+        while code is None:
+            code = supervisor.serve(lambda: None)
+        return code
     except Exception:
         log.exception("cannot serve")
         raise
