@@ -31,7 +31,7 @@ SLICE_SECONDS: Final = 1.0
 @click.option(
     "--invisible", type=click.FloatRange(1, 43_200), default=60.0, show_default=True, help="Seconds to print a message."
 )
-@click.option("--no-ack", is_flag=True, help="Look only: every message is given back.")
+@click.option("--no-ack", is_flag=True, help="Look only: what was printed is held, and given back on leaving.")
 @pass_session
 def receive(
     session: Session,
@@ -73,9 +73,7 @@ def receive(
             except BaseException:
                 _give_back(consumer, messages)  # the reader of our lines is gone: somebody else gets them at once
                 raise
-            if no_ack:
-                _give_back(consumer, messages)
-            else:
+            if not no_ack:  # else held, or they would come again at once; the consumer gives them back when it is closed
                 consumer.ack(messages)
             received += len(messages)
             idle_since = time.monotonic()
