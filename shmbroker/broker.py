@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 READ: Final = 4  # RocketMQ's permission bits
 WRITE: Final = 2
+WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consumer that lags
 QUEUES_MAX: Final = 1024
 
 Child = TypeVar("Child")
@@ -173,6 +174,18 @@ class Broker:
             limit = min(region.get("flushed"), region.get("dispatched"))
             _, queues = self._open_files()
             return queues.read(topic_id, queue_id, offset, count, limit)
+
+    def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
+        """Packed consume queue entries (``<QII``: position, size, tag hash) as they stand in the file, holes as zeros."""
+        with self._lock:
+            _, queues = self._open_files()
+            return queues.packed(topic_id, queue_id, offset, count)
+
+    def read_window(self, position: int) -> bytes:
+        """At most WINDOW_BYTES of the log's files from ``position`` on, within one segment; b"" if retention took it."""
+        with self._lock:
+            log, _ = self._open_files()
+            return bytes(log.window(position, self.region.get("flushed"), WINDOW_BYTES))
 
     def close(self) -> None:
         """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""

@@ -31,7 +31,6 @@ from shmbroker.store.consume_queue import Entry
 logger = logging.getLogger("shmbroker.consumer")
 
 ALL: Final = "*"
-READ_AHEAD_BYTES: Final = 1 << 20  # read from the files at a time; one larger message is read all the same
 SUBSCRIPTION_BYTES_MAX: Final = 511
 
 
@@ -48,6 +47,12 @@ class ConsumerHome(Protocol):
 
     def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
         """Consume queue entries at or after ``offset`` from the files."""
+
+    def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
+        """Packed consume queue entries from ``offset`` on, holes as zeros; b"" past the end."""
+
+    def read_window(self, position: int) -> bytes:
+        """A piece of the log's files that begins at ``position``; b"" if there is none."""
 
 
 class SimpleConsumer(ConsumerCore):
@@ -136,15 +141,15 @@ class SimpleConsumer(ConsumerCore):
         if not flushed:
             raise AckNotDurable(f"{stands}: not flushed within sync_flush_timeout = {seconds:g} s")
 
-    def _read_behind(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[tuple[int, bytes | None]]:
-        found: list[tuple[int, bytes | None]] = []
-        size = 0
-        for entry in self._home.read_queue(topic_id, queue_id, offset, count):
-            found.append((entry.offset, self._read_at(entry.position)))
-            size += entry.size
-            if size >= READ_AHEAD_BYTES:
-                break
-        return found
+    def _read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
+        return self._home.read_entries(topic_id, queue_id, offset, count)
+
+    def _next_offset(self, topic_id: int, queue_id: int, offset: int) -> int | None:
+        found = self._home.read_queue(topic_id, queue_id, offset, 1)
+        return found[0].offset if found else None
+
+    def _read_window(self, position: int) -> bytes:
+        return self._home.read_window(position)
 
     def _read_at(self, position: int) -> bytes | None:
         try:

@@ -3,7 +3,7 @@
 
 cdef enum:
     RUN_MAX = 128         # positions asked for at a time: an index block
-    READ_AHEAD_MIN = 64   # messages read at a time from the files
+    ENTRIES_AHEAD = 1024  # consume queue entries read at a time
 
 # One look for messages: how far they are visible, and from when until when what it finds is claimed.
 ctypedef struct Look:
@@ -32,6 +32,8 @@ cdef class _QueueReader:
     cdef uint64_t generation     # of the definitions that `sources` was made from
     cdef uint32_t turn
     cdef bint stalled            # the files did not have yet what the index no longer has
+    cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
+    cdef uint64_t window_start
 
     def __init__(self, Client client not None, str group, *, bint from_last=False):
         self.client = client
@@ -42,8 +44,16 @@ cdef class _QueueReader:
 
     # -- for the subclass in Python
 
-    def _read_behind(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset, uint32_t count):
-        """[(offset, record or None if retention took it)] at or after ``offset``, from the files; [] if not there yet."""
+    def _read_entries(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset, uint32_t count):
+        """Packed consume queue entries from ``offset`` on, at most ``count``; b"" if there are none yet."""
+        raise NotImplementedError
+
+    def _next_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
+        """The first offset at or after ``offset`` that a message has, from the files; None if there is none yet."""
+        raise NotImplementedError
+
+    def _read_window(self, uint64_t position):
+        """A large piece of the log's files, from the record at ``position`` on; b"" if retention took it."""
         raise NotImplementedError
 
     def _read_at(self, uint64_t position):
@@ -107,7 +117,6 @@ cdef class _QueueReader:
         source.queue_id = queue_id
         source.cursor.block = SB_NIL
         source.filter = tag_filter
-        source.ahead = {}
         return source
 
     # -- one message
@@ -153,22 +162,26 @@ cdef class _QueueReader:
         return 0
 
     cdef int deliver(self, sb_region *r, _Source source, uint64_t offset, uint64_t position, Look *look, list out) except -100:
-        """Filter, claim, copy the message that the index places at ``position``. SB_NO_SPACE: stop."""
+        """Filter, claim, copy the message that index or consume queue place at ``position``. SB_NO_SPACE: stop."""
         cdef sb_record header
         cdef sb_claim claim
         cdef uint32_t size = 0
         cdef bytes record = None
-        cdef int code = sb_ring_peek(r, position, &header)
+        cdef int claimed, code = sb_ring_peek(r, position, &header)
+        if code != SB_OK:
+            code = self.peek_window(r, position, &header)
         if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
             return self.skip(r, source, offset)
-        cdef int claimed = self.claim(r, source, offset, look, &claim)
+        claimed = self.claim(r, source, offset, look, &claim)
         if claimed != SB_OK:
             return claimed
         if code == SB_OK:
             record = PyBytes_FromStringAndSize(NULL, header.size)
             code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(record), header.size, &size)
+            if code != SB_OK:
+                code = self.copy_window(r, position, record)
         if code != SB_OK:
-            record = self._read_at(position)
+            record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
             if record is None:
                 self.lose(r, source, &claim)
                 return SB_OK
@@ -177,6 +190,42 @@ cdef class _QueueReader:
                 f"the record at position {position} is not message {offset} of queue {source.queue_id} of topic {source.topic!r}",
                 position=position)
         self.accept(r, source, record, &claim, out)
+        return SB_OK
+
+    # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
+
+    cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room):
+        """The window's bytes at ``position``, if it holds at least ``least`` of them; else NULL."""
+        cdef uint64_t at = position - self.window_start
+        if self.window is None or position < self.window_start or at + least > <uint64_t>len(self.window):
+            return NULL
+        room[0] = <uint64_t>len(self.window) - at
+        return <const uint8_t *>PyBytes_AS_STRING(self.window) + at
+
+    cdef int peek_window(self, sb_region *r, uint64_t position, sb_record *header) except -100:
+        """The header of the record at ``position``, with the whole of it in the window. SB_END: larger than a window."""
+        cdef uint64_t room = 0
+        cdef const uint8_t *data = self.in_window(position, SB_RECORD_HEADER, &room)
+        cdef int code = SB_END
+        if data != NULL:
+            code = sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 0)
+        if code == SB_END:
+            self.window = self._read_window(position)
+            self.window_start = position
+            data = self.in_window(position, SB_RECORD_HEADER, &room)
+            if data != NULL:
+                code = sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 0)
+        if code == SB_OK:
+            memcpy(header, data, sizeof(sb_record))
+        return code
+
+    cdef int copy_window(self, sb_region *r, uint64_t position, bytes record):
+        """Checked copy of a record that ``peek_window`` has seen."""
+        cdef uint64_t room = 0
+        cdef const uint8_t *data = self.in_window(position, sb_padded(len(record)), &room)
+        if data == NULL or sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 1) != SB_OK:
+            return SB_INVALID
+        memcpy(PyBytes_AS_STRING(record), data, len(record))
         return SB_OK
 
     cdef bint is_message(self, _Source source, bytes record, uint64_t offset):
@@ -218,7 +267,7 @@ cdef class _QueueReader:
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
             if code == SB_BEHIND:
-                code = self.collect_behind(r, source, &offset, look, 1 if alone else want, room, out)
+                code = self.collect_behind(r, source, &offset, look, want, room, out)
             elif code == SB_OK:
                 for i in range(found):
                     code = self.deliver(r, source, offset, positions[i], look, out)
@@ -241,47 +290,72 @@ cdef class _QueueReader:
 
     cdef int collect_behind(self, sb_region *r, _Source source, uint64_t *offset, Look *look, Py_ssize_t want,
                             Py_ssize_t room, list out) except -100:
-        """The same from the files, for offsets that have left the index. Moves *offset on. SB_END: nothing there."""
-        cdef uint64_t first = sb_load(&sb_queue_at(r, source.queue_slot).first_offset), end, lost_from = offset[0]
-        cdef uint64_t lost = 0
-        cdef sb_claim claim
-        cdef bytes record
+        """The same by the consume queue, for offsets that have left the index. Moves *offset on. SB_END: nothing there."""
+        cdef uint64_t first = sb_load(&sb_queue_at(r, source.queue_slot).first_offset)
+        cdef uint64_t limit = min(sb_load(&sb_marks(r).dispatched), look.limit), position = 0
         cdef int code = SB_OK
-        while offset[0] < first and code != SB_NO_SPACE:  # deleted by the operator's order before the group had them
+        if offset[0] < first:
+            return self.pass_deleted(r, source, offset, first)
+        while want > 0 and len(out) < room:
+            code = self.entry_at(source, offset[0], limit, &position)
+            if code == SB_NOT_FOUND:
+                code = self.pass_hole(r, source, offset)
+                if code != SB_OK:
+                    return code
+                continue
+            if code == SB_OK:
+                code = self.deliver(r, source, offset[0], position, look, out)
+            if code == SB_END or code == SB_NO_SPACE:
+                return code
+            offset[0] += 1
+            want -= 1
+        return SB_OK
+
+    cdef int entry_at(self, _Source source, uint64_t offset, uint64_t limit, uint64_t *position) except -100:
+        """SB_OK | SB_END: not dispatched yet | SB_NOT_FOUND: a hole."""
+        cdef const sb_entry *entry
+        if source.entries is None or offset < source.entries_first or (
+                offset - source.entries_first >= <uint64_t>len(source.entries) // sizeof(sb_entry)):
+            source.entries = self._read_entries(source.topic_id, source.queue_id, offset, ENTRIES_AHEAD)
+            source.entries_first = offset
+        if len(source.entries) >= <Py_ssize_t>sizeof(sb_entry):
+            entry = <const sb_entry *>PyBytes_AS_STRING(source.entries) + (offset - source.entries_first)
+            position[0] = entry.position
+            if entry.size == 0:
+                return SB_NOT_FOUND
+            if entry.position < limit:
+                return SB_OK
+        source.entries = None
+        self.stalled = True
+        return SB_END
+
+    cdef int pass_hole(self, sb_region *r, _Source source, uint64_t *offset) except -100:
+        """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE."""
+        found = self._next_offset(source.topic_id, source.queue_id, offset[0])
+        if found is None or <uint64_t>found == offset[0]:
+            source.entries = None  # it came while we looked, or is still to come
+            self.stalled = found is None
+            return SB_END if found is None else SB_OK
+        while offset[0] < <uint64_t>found:
+            if self.skip(r, source, offset[0]) == SB_NO_SPACE:
+                return SB_NO_SPACE
+            offset[0] += 1
+        return SB_OK
+
+    cdef int pass_deleted(self, sb_region *r, _Source source, uint64_t *offset, uint64_t first) except -100:
+        """Retention took messages, by the operator's order, before the group had them: counted and said."""
+        cdef uint64_t start = offset[0], lost = 0
+        cdef int code = SB_OK
+        while offset[0] < first and code != SB_NO_SPACE:
             code = self.skip(r, source, offset[0])
             if code != SB_NO_SPACE:
                 lost += code == SB_OK
                 offset[0] += 1
         if lost:
             self.lost += lost
-            self._report_lost(source.topic, source.queue_id, lost_from, lost)
+            self._report_lost(source.topic, source.queue_id, start, lost)
             sb_claim_base(r, source.table)
-        if code == SB_NO_SPACE or offset[0] != lost_from:
-            return code if code == SB_NO_SPACE else SB_OK
-        if offset[0] not in source.ahead:
-            source.ahead = dict(self._read_behind(source.topic_id, source.queue_id, offset[0], max(want, READ_AHEAD_MIN)))
-            if not source.ahead:
-                self.stalled = True
-                return SB_END
-        end = max(source.ahead) + 1
-        while offset[0] < end and len(out) < room:
-            if offset[0] not in source.ahead:  # an offset that no message has (R4)
-                code = self.skip(r, source, offset[0])
-            else:
-                code = self.claim(r, source, offset[0], look, &claim)
-                if code != SB_NO_SPACE:
-                    record = source.ahead.pop(offset[0])
-                if code == SB_OK and record is None:
-                    self.lose(r, source, &claim)
-                elif code == SB_OK:
-                    self.accept(r, source, record, &claim, out)
-            if code == SB_NO_SPACE:
-                return code
-            offset[0] += 1
-            want -= 1
-            if want == 0:
-                break
-        return SB_OK
+        return SB_NO_SPACE if code == SB_NO_SPACE else SB_OK
 
     cdef list collect(self, sb_region *r, Py_ssize_t room, uint32_t invisible_ms):
         cdef list out = []

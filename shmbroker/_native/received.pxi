@@ -67,7 +67,8 @@ cdef class _Source:
     cdef uint32_t group_id, topic_id, queue_id
     cdef sb_cursor cursor
     cdef _TagFilter filter  # None: every message
-    cdef dict ahead        # read from the files, not claimed yet: offset -> record, or None if retention took it
+    cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
+    cdef uint64_t entries_first
 
     cdef inline bint is_current(self, sb_region *r) noexcept:
         """The table still belongs to this group and queue; it is given to others when one of them is deleted."""
