@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,51 @@ def test_killed_between_append_and_flush_the_acknowledgement_stands_in_memory(di
     assert delivered(directory) == {}
 
 
+@pytest.mark.crash
+def test_several_consumers_of_one_queue_lose_none_of_their_durable_acknowledgements(
+    directory: Path, tmp_path: Path
+) -> None:
+    """They claim, acknowledge and move the base of one table at the same time, each at its own places."""
+    source = """
+        import sys, shmbroker
+        consumer = shmbroker.open(sys.argv[1]).simple_consumer("audit", {"orders": "*"}, ack="durable")
+        with open(sys.argv[2], "w", buffering=1) as history:
+            print("ready")
+            while True:
+                messages = consumer.receive(3, wait=10.0)[::-2]
+                consumer.ack(messages)
+                print(*(message.body.decode() for message in messages), file=history)
+    """
+    opener = """
+        import sys, shmbroker
+        broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
+        broker.create_topic("orders", queues=1)
+        producer = broker.producer("test")
+        for start in range(0, 3000, 100):
+            producer.send_batch([shmbroker.Message("orders", b"%d" % i) for i in range(start, start + 100)])
+        print("done")
+        sys.stdin.read()
+    """
+    histories = [tmp_path / f"history-{i}" for i in range(3)]
+    settings = {**SELDOM, "overflow_claims": 4096}
+    with Child(opener, directory, settings) as child, ExitStack() as stack:
+        assert child.read_line() == "done"
+        consumers = [stack.enter_context(Child(source, directory, history)) for history in histories]
+        assert [consumer.read_line() for consumer in consumers] == ["ready"] * 3
+        wait_until(lambda: all(len(_numbers(history)) > 100 for history in histories), "a hundred each")
+        lose_the_memory(directory)
+    acknowledged = set().union(*map(_numbers, histories))
+    with (
+        shmbroker.open(directory, **settings) as broker,
+        broker.simple_consumer("audit", ALL) as consumer,
+    ):
+        again: set[int] = set()
+        while messages := consumer.receive(100):
+            again |= {int(message.body) for message in messages}
+    assert again.isdisjoint(acknowledged)
+    assert len(again | acknowledged) >= 3000 - 3 * 2  # one acknowledgement each may be durable and unreported
+
+
 # ---- what stands in the log when ack returns ---------------------------------------------------------------------
 
 
@@ -229,6 +275,11 @@ def test_an_expired_message_is_named_and_the_others_are_durable(broker: Broker) 
 def test_only_memory_and_durable_are_words_for_it(broker: Broker) -> None:
     with pytest.raises(shmbroker.BadRequest, match="'memory' or 'durable'"):
         broker.simple_consumer("audit", ALL, ack="disk")
+
+
+def _numbers(history: Path) -> set[int]:
+    """Of the whole lines."""
+    return {int(word) for word in history.read_text().rpartition("\n")[0].split()}
 
 
 def _is_stopped(pid: int) -> bool:
