@@ -176,13 +176,13 @@ class Broker:
             return queues.read(topic_id, queue_id, offset, count, limit)
 
     def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
-        """Packed consume queue entries (``<QII``: position, size, tag hash) as they stand in the file, holes as zeros."""
+        """Packed consume queue entries (``<QII``: position, size, tag hash) as the file has them, holes as zeros."""
         with self._lock:
             _, queues = self._open_files()
             return queues.packed(topic_id, queue_id, offset, count)
 
     def read_window(self, position: int) -> bytes:
-        """At most WINDOW_BYTES of the log's files from ``position`` on, within one segment; b"" if retention took it."""
+        """At most WINDOW_BYTES of the log's files from ``position`` on, in one segment; b"" if retention took it."""
         with self._lock:
             log, _ = self._open_files()
             return bytes(log.window(position, self.region.get("flushed"), WINDOW_BYTES))

@@ -73,7 +73,7 @@ def receive(
             except BaseException:
                 _give_back(consumer, messages)  # the reader of our lines is gone: somebody else gets them at once
                 raise
-            if not no_ack:  # else held, or they would come again at once; the consumer gives them back when it is closed
+            if not no_ack:  # else held, or they would come again at once; closing the consumer gives them back
                 consumer.ack(messages)
             received += len(messages)
             idle_since = time.monotonic()

@@ -80,6 +80,11 @@ typedef struct {
 /* Find or create the claim table of (group, queue), given by slot; a new one starts at `base`. SB_OK (*created) |
  * SB_TABLE_FULL | SB_TIMEOUT | SB_INVALID | SB_BROKEN. Deadline: for the definition lock. */
 int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created);
+/* The tables of a group in all queues of one topic, at one moment under the definition lock. Those that are new begin at
+ * the first message that the log has; from_last: behind the last, if the group has never consumed the topic before (queues
+ * added later are consumed from their first message). */
+int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
+                         uint32_t *tables);
 /* All words FREE, no overflow entries, base and next at `base`. Nobody may use the table meanwhile. */
 void sb_claims_format(sb_region *r, uint32_t table, uint64_t base);
 /* Only look. SB_OK | SB_NOT_FOUND. */

@@ -77,6 +77,16 @@ static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, u
     return SB_TABLE_FULL;
 }
 
+static int find_or_create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table, int *created)
+{
+    int code = sb_claims_find(r, group, queue, table);
+    if (code == SB_NOT_FOUND) {
+        code = create(r, group, queue, base, table);
+        *created = code == SB_OK;
+    }
+    return code;
+}
+
 int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created)
 {
     *created = 0;
@@ -90,10 +100,37 @@ int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, 
     if (code != SB_OK) {
         return code;
     }
-    code = sb_claims_find(r, group, queue, table);
-    if (code == SB_NOT_FOUND) {
-        code = create(r, group, queue, base, table);
-        *created = code == SB_OK;
+    code = find_or_create(r, group, queue, base, table, created);
+    sb_definition_unlock(r);
+    return code;
+}
+
+static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
+{
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        const sb_claims *c = sb_claims_at(r, i);
+        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == group_id && c->topic_id == topic_id) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
+                         uint32_t *tables)
+{
+    if (group >= r->limits.groups || count == 0) {
+        return SB_INVALID;
+    }
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    int behind = from_last && !knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id);
+    for (uint32_t i = 0; i < count && code == SB_OK; i++) {
+        const sb_queue *q = sb_queue_at(r, queues[i]);
+        int created;
+        code = find_or_create(r, group, queues[i], sb_load(behind ? &q->next_offset : &q->first_offset), &tables[i], &created);
     }
     sb_definition_unlock(r);
     return code;

@@ -88,6 +88,9 @@ cdef class ConsumerCore(_QueueReader):
         self.shut = True
         self._leave()
 
+    def __del__(self):
+        self._leave()  # dropped without close: it must not stay a member for the life of the process
+
     cdef sb_region *ready(self) except NULL:
         cdef sb_region *r
         if self.shut:
@@ -121,43 +124,58 @@ cdef class ConsumerCore(_QueueReader):
         return self.collect(self.ready(), max_messages, <uint32_t>(invisible * 1000.0))
 
     cdef list wait_for(self, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
-        cdef sb_region *r = self.ready()
-        cdef uint32_t waiter = self.client.take_waiter()
+        cdef Client client = self.client
+        cdef uint32_t waiter
+        self.ready()
+        waiter = client.take_waiter()
+        client.enter()
+        try:
+            return self.wait_in(client, waiter, deadline_ns, room, invisible_ms)
+        finally:
+            client.give_waiter(waiter)
+            client.exit()
+
+    cdef list wait_in(self, Client client, uint32_t waiter, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
+        """Until there are messages, or the deadline. Without a wait slot (all are taken) it looks every millisecond."""
+        cdef sb_region *r
         cdef uint32_t topics[TOPICS_MAX]
         cdef uint32_t count
         cdef int64_t until
         cdef int code = SB_OK
         cdef bint slept = False
         cdef list out
-        try:
-            while True:
-                r = self.ready()
-                if self.spin:
-                    out = self.collect(r, room, invisible_ms)
-                    if out or sb_now_ns() >= deadline_ns:
-                        return out
-                    self.poll(r, min(deadline_ns, sb_now_ns() + SPIN_NS))
-                    check_signals()
-                    continue
-                count = self.topic_slots(topics)
-                sb_wait_message_begin(r, waiter, self.group_slot, topics, count)
-                try:  # once more, now that whoever appends sees us
-                    out = self.collect(r, room, invisible_ms)
-                    until = min(deadline_ns, self.next_deadline(r))
-                    if not out and sb_now_ns() < deadline_ns:
-                        with nogil:
-                            code = sb_wait_message_sleep(r, waiter, until)
-                        slept = True
-                finally:
-                    sb_wait_message_end(r, waiter, topics, count)
-                if out and slept:
-                    self.wake_next(r)
+        while True:
+            r = self.ready()
+            if self.client is not client:
+                return []  # bound to another broker by another thread
+            if self.spin or waiter == SB_NIL:
+                out = self.collect(r, room, invisible_ms)
                 if out or sb_now_ns() >= deadline_ns:
                     return out
-                if code == SB_INTERRUPTED:
-                    check_signals()
-        finally:
-            self.client.give_waiter(waiter)
+                if self.spin:
+                    self.poll(r, min(deadline_ns, sb_now_ns() + SPIN_NS))
+                else:
+                    with nogil:
+                        usleep(1000)
+                check_signals()
+                continue
+            count = self.topic_slots(topics)
+            sb_wait_message_begin(r, waiter, self.group_slot, topics, count)
+            try:  # once more, now that whoever appends sees us
+                out = self.collect(r, room, invisible_ms)
+                until = min(deadline_ns, self.next_deadline(r))
+                if not out and sb_now_ns() < deadline_ns:
+                    with nogil:
+                        code = sb_wait_message_sleep(r, waiter, until)
+                    slept = True
+            finally:
+                sb_wait_message_end(r, waiter, topics, count)
+            if out and slept:
+                self.wake_next(r)
+            if out or sb_now_ns() >= deadline_ns:
+                return out
+            if code == SB_INTERRUPTED:
+                check_signals()
 
     cdef uint32_t topic_slots(self, uint32_t *slots) noexcept:
         cdef uint32_t count = 0
@@ -236,6 +254,17 @@ cdef class ConsumerCore(_QueueReader):
             message.receipt = renewed.word
         return code
 
+    cdef int still_recorded(self, sb_region *r, str doing) except -1:
+        """Behind the change of a claim: was the broker still one that records it? A stopping broker reads all progress
+        after it has said so: either it sees our change, or we see its word."""
+        sb_fence()
+        if sb_load(&sb_marks(r).fenced):  # SYNC: fenced (R13)
+            raise code_error(r, SB_FENCED, doing)
+        if sb_load(&sb_marks(r).state) != SB_STATE_RUNNING:
+            raise _errors.BrokerClosed(
+                f"{doing}: the broker is stopping; it may not have recorded this, and then delivers the message again")
+        return 0
+
     def ack(self, messages, *, durable=None):
         cdef bint written = self.durable_acks if durable is None else durable
         cdef sb_region *r = self.client.check()
@@ -268,8 +297,7 @@ cdef class ConsumerCore(_QueueReader):
                 else:
                     expired.append(message)
         self.acked(r, source, count)
-        if sb_load(&sb_marks(r).fenced):  # SYNC: fenced (R13)
-            raise code_error(r, SB_FENCED, "acknowledging")
+        self.still_recorded(r, "acknowledging")
         if written:
             self._write_acks(self.progress_of(r, messages if type(messages) is list else [messages]))
         if expired is not None:
@@ -304,6 +332,7 @@ cdef class ConsumerCore(_QueueReader):
             deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), <uint32_t>(seconds * 1000.0))
         if self.decide(r, message, True, deadline_ms) != SB_OK:
             raise expired_error("change of the invisible duration", [message])
+        self.still_recorded(r, "changing the invisible duration")
         if deadline_ms == 0:
             sb_wake_group(r, message.source.topic_slot, message.source.group_slot)
 

@@ -188,6 +188,7 @@ cdef extern from "region.h" nogil:
     uint64_t sb_load(const sb_word *w)
     void sb_store(sb_word *w, uint64_t v)
     void sb_raise(sb_word *w, uint64_t v)
+    void sb_fence()
     void sb_add(sb_word *w, uint64_t n)
     int sb_cas(sb_word *w, uint64_t *expected, uint64_t v)
 

@@ -32,6 +32,7 @@ cdef class _QueueReader:
     cdef uint64_t generation     # of the definitions that `sources` was made from
     cdef uint32_t turn
     cdef bint stalled            # the files did not have yet what the index no longer has
+    cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
 
@@ -72,7 +73,6 @@ cdef class _QueueReader:
         cdef list sources = []
         cdef _Source source
         cdef TopicRoute route
-        cdef uint32_t i
         for source in self.sources:
             if source.client is self.client and source.is_current(r):
                 known[source.topic_id, source.queue_id] = source
@@ -82,37 +82,44 @@ cdef class _QueueReader:
                 continue  # deleted, or not there yet
             if not route.permission & 4:
                 raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no read (4)")
-            for i in range(route.count):
-                source = known.get((route.topic_id, i))
-                if source is None:
-                    source = self.open_source(r, route, i, tag_filter)
-                sources.append(source)
+            self.open_sources(r, route, known, tag_filter, sources)
         self.sources = sources
         self.generation = generation
         return 0
 
-    cdef _Source open_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, _TagFilter tag_filter):
+    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, list sources) except -1:
+        cdef uint32_t *tables = <uint32_t *>malloc(route.count * sizeof(uint32_t))
+        cdef uint32_t group = self.group_slot, i
+        cdef int code, from_last = self.from_last
+        if tables == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
+                                            tables)
+            if code == SB_TABLE_FULL:
+                raise _errors.LimitReached(
+                    f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
+                    f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
+            if code != SB_OK:
+                raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
+            for i in range(route.count):
+                source = known.get((route.topic_id, i))
+                sources.append(self.make_source(r, route, i, tables[i], tag_filter) if source is None else source)
+        finally:
+            free(tables)
+        return 0
+
+    cdef _Source make_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, uint32_t table, _TagFilter tag_filter):
         cdef _Source source = _Source.__new__(_Source)
-        cdef sb_queue *queue = sb_queue_at(r, route.slots[queue_id])
-        cdef uint64_t base = sb_load(&queue.next_offset) if self.from_last else sb_load(&queue.first_offset)
-        cdef uint32_t group = self.group_slot, slot = route.slots[queue_id], table = 0
-        cdef int code, created = 0
-        with nogil:
-            code = sb_claims_open(r, group, slot, base, sb_now_ns() + DEFINE_TIMEOUT_NS, &table, &created)
-        if code == SB_TABLE_FULL:
-            raise _errors.LimitReached(
-                f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
-                f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
-        if code != SB_OK:
-            raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
         source.client = self.client
         source.group = self.group
         source.topic = route.name
         source.table = table
-        source.group_slot = group
-        source.queue_slot = slot
-        source.topic_slot = queue.topic_slot
-        source.group_id = sb_group_at(r, group).group_id
+        source.group_slot = self.group_slot
+        source.queue_slot = route.slots[queue_id]
+        source.topic_slot = sb_queue_at(r, source.queue_slot).topic_slot
+        source.group_id = sb_group_at(r, self.group_slot).group_id
         source.topic_id = route.topic_id
         source.queue_id = queue_id
         source.cursor.block = SB_NIL
@@ -181,14 +188,19 @@ cdef class _QueueReader:
             if code != SB_OK:
                 code = self.copy_window(r, position, record)
         if code != SB_OK:
-            record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
+            try:
+                record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
+            except _errors.CorruptLog as error:
+                self.corrupt = error
+                return SB_OK  # it stays claimed until its invisible time is over; its neighbours are delivered
             if record is None:
                 self.lose(r, source, &claim)
                 return SB_OK
         if not self.is_message(source, record, offset):
-            raise _errors.CorruptLog(
-                f"the record at position {position} is not message {offset} of queue {source.queue_id} of topic {source.topic!r}",
-                position=position)
+            self.corrupt = _errors.CorruptLog(
+                f"the record at position {position} is not message {offset} of queue {source.queue_id} of topic "
+                f"{source.topic!r}: `shmbroker log rebuild` compares the consume queue with the log", position=position)
+            return SB_OK
         self.accept(r, source, record, &claim, out)
         return SB_OK
 
@@ -268,6 +280,8 @@ cdef class _QueueReader:
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
             if code == SB_BEHIND:
                 code = self.collect_behind(r, source, &offset, look, want, room, out)
+                if code == SB_END:
+                    break
             elif code == SB_OK:
                 for i in range(found):
                     code = self.deliver(r, source, offset, positions[i], look, out)
@@ -368,7 +382,13 @@ cdef class _QueueReader:
         self.turn += 1
         self.stalled = False
         for i in range(count):
-            self.collect_from(r, <_Source>sources[(self.turn + i) % count], &look, room, out)
+            try:
+                self.collect_from(r, <_Source>sources[(self.turn + i) % count], &look, room, out)
+            except _errors.CorruptLog as error:  # of one queue's files: the other queues go on
+                self.corrupt = error
             if len(out) >= room:
                 break
+        if self.corrupt is not None and not out:
+            error, self.corrupt = self.corrupt, None
+            raise error
         return out

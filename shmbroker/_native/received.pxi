@@ -18,6 +18,8 @@ cdef extern from "claim.h" nogil:
     void sb_claim_base(sb_region *r, uint32_t table)
     int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
     int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
+    int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last,
+                             int64_t deadline_ns, uint32_t *tables)
 
 cdef extern from "queue_index.h" nogil:
     ctypedef struct sb_cursor:
