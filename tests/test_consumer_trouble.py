@@ -1,0 +1,122 @@
+"""Consumers in trouble: rotten records, a stopping broker, queues that come later, handles that are forgotten."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+from support.consuming import ALL, asleep, bodies_of, drain, numbered, send
+from support.processes import SMALL, stop_broker
+from support.running import lose_memory, running
+from support.waiting import wait_until
+
+import shmbroker
+from shmbroker import BrokerClosed, CorruptLog, Message
+from shmbroker.broker import Broker
+from shmbroker.naming import segment_name
+from shmbroker.store.segment import SEGMENT_HEADER_BYTES
+
+DRAINING = 3  # enum sb_state
+RUNNING = 2
+
+
+def test_one_rotten_record_holds_neither_its_neighbours_nor_other_queues_up(directory: Path) -> None:
+    with shmbroker.open(directory, **SMALL) as broker, broker.producer("test") as producer:
+        broker.create_topic("orders", queues=2)
+        results = [producer.send(Message("orders", body), queue_id=0) for body in numbered(40)]
+        producer.send(Message("orders", b"beside"), queue_id=1).confirm()
+    stop_broker(directory)
+    rotten = results[20].position
+    with (directory / "log" / segment_name(0)).open("r+b") as file:  # a bit of its body
+        file.seek(SEGMENT_HEADER_BYTES + rotten + 81)
+        file.write(b"\xff")
+    with (
+        shmbroker.open(directory, **SMALL) as broker,
+        broker.simple_consumer("audit", ALL) as consumer,
+    ):
+        got: list[bytes] = []
+        while len(got) < 40:
+            messages = consumer.receive(16, wait=10.0)
+            got += bodies_of(messages)
+            consumer.ack(messages)
+        assert sorted(got) == sorted([*numbered(20), *numbered(19, first=21), b"beside"])
+        with pytest.raises(CorruptLog, match=str(rotten)):
+            consumer.receive(16)
+        assert consumer.receive(16) == [], "the rotten one is claimed: said once in its invisible time"
+
+
+def test_an_acknowledgement_that_a_stopping_broker_may_not_record_is_not_called_done(broker: Broker) -> None:
+    send(broker, *numbered(2))
+    with broker.simple_consumer("audit", ALL) as consumer:
+        first, second = consumer.receive(2, wait=10.0)
+        consumer.ack(first)
+        broker.region.set("state", DRAINING)
+        try:
+            with pytest.raises(BrokerClosed, match="delivers the message again"):
+                consumer.ack(second)
+        finally:
+            broker.region.set("state", RUNNING)
+
+
+def test_a_group_that_began_at_the_last_message_misses_nothing_in_queues_added_later(broker: Broker) -> None:
+    broker.create_topic("orders", queues=1)
+    send(broker, *numbered(3))
+    with broker.simple_consumer("audit", ALL, consume_from="last") as consumer:
+        assert consumer.receive(8) == []
+        broker.alter_topic("orders", queues=2)
+        send(broker, b"later", queue_id=1)  # before the consumer has seen the new queue
+        send(broker, b"again", queue_id=0)
+        assert sorted(drain(consumer, 2)) == [b"again", b"later"]
+
+
+def test_a_consumer_that_was_dropped_without_close_is_no_member_any_more(broker: Broker) -> None:
+    send(broker, *numbered(1), tags="paid")
+    consumer = broker.simple_consumer("audit", {"orders": "paid"})
+    del consumer
+    gc.collect()
+    with broker.simple_consumer("audit", {"orders": "refunded"}) as other:
+        assert other.receive(1) == []
+
+
+def test_more_threads_may_wait_for_messages_than_there_are_wait_slots(directory: Path) -> None:
+    got: list[list[bytes]] = []
+    with shmbroker.open(directory, **{**SMALL, "max_waiters": 2}) as broker:
+        broker.create_topic("orders", queues=1)
+        consumers = [broker.simple_consumer("audit", ALL) for _ in range(6)]
+
+        def consume(consumer: shmbroker.SimpleConsumer) -> None:
+            got.append(drain(consumer, 1))
+
+        threads = [threading.Thread(target=consume, args=(consumer,)) for consumer in consumers]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: asleep(broker), "somebody waits")
+        send(broker, *numbered(6))
+        for thread in threads:
+            thread.join(20.0)
+        assert sorted(got) == [[body] for body in numbered(6)]
+        for consumer in consumers:
+            consumer.close()
+
+
+def test_a_lagging_consumer_reads_every_message_in_order_from_the_files(directory: Path) -> None:
+    bodies = [b"%06d" % i + bytes(i % 700) for i in range(6000)]  # several times the ring
+    with running(directory) as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *bodies)
+        with broker.simple_consumer("audit", ALL) as consumer:
+            assert drain(consumer, len(bodies)) == bodies
+
+
+def test_what_only_the_files_have_is_read_after_the_memory_was_lost(directory: Path) -> None:
+    bodies = numbered(500)
+    with running(directory, flush_disk_type="SYNC_FLUSH") as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *bodies)
+        lose_memory(directory)
+    with running(directory) as broker, broker.simple_consumer("audit", ALL) as consumer:
+        send(broker, b"new")
+        assert drain(consumer, len(bodies) + 1) == [*bodies, b"new"]
+        assert consumer.receive(1, wait=0.0) == []
