@@ -169,6 +169,8 @@ def _replace_supervisor(paths: BrokerPaths, attached: Attachment) -> int | None:
         descriptor = read_descriptor(paths)
         if successor is not None and descriptor is not None and descriptor.instance == attached.descriptor.instance:
             return successor
+        if successor is not None:
+            os.close(successor)  # it serves other memory than ours
         region.set("state", memory.STATE_STOPPED)  # nobody serves this memory any more: refuse to send into it
     except BrokerClosed:
         pass  # this process has left meanwhile
