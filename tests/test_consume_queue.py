@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmbroker.errors import CorruptLog
-from shmbroker.store.consume_queue import ENTRY, OPEN_FILES_MAX, ConsumeQueues, Entry, sync_paths
+from shmbroker.store.consume_queue import ENTRY, OPEN_FILES_MAX, ConsumeQueues, Entry
 
 STORE = bytes(range(16))
 PER_FILE = 8
@@ -189,13 +189,38 @@ def test_what_changed_is_named_once_for_the_checkpoint(queues: ConsumeQueues, tm
     root = tmp_path / "queues"
     queues.write(1, 0, 0, packed(entries(0, 9)))
     files = {root / "1/0" / f"{n:020d}" for n in (0, 8)}
-    dirty = queues.take_dirty()
-    assert dirty == files | {root, root / "1", root / "1/0"}
-    sync_paths(dirty)
-    assert queues.take_dirty() == set()
+    assert queues.dirty() == files | {root, root / "1", root / "1/0"}
+    queues.sync()
+    assert queues.dirty() == set()
     queues.write(1, 0, 9, packed(entries(9, 1)))
-    assert queues.take_dirty() == {root / "1/0" / f"{8:020d}"}
-    sync_paths({root / "gone"})
+    assert queues.dirty() == {root / "1/0" / f"{8:020d}"}
+    (root / "1/0" / f"{8:020d}").unlink()
+    queues.sync()
+
+
+def test_what_could_not_be_synced_is_synced_by_the_next_checkpoint(queues: ConsumeQueues, tmp_path: Path) -> None:
+    file = tmp_path / "queues/1/0" / f"{0:020d}"
+    queues.write(1, 0, 0, packed(entries(0, 2)))
+    dirty = queues.dirty()
+    file.rename(tmp_path / "aside")
+    file.symlink_to(file)  # opening it fails
+    with pytest.raises(OSError, match="symbolic links"):
+        queues.sync()
+    assert queues.dirty() == dirty
+    file.unlink()
+    (tmp_path / "aside").rename(file)
+    queues.sync()
+    assert queues.dirty() == set()
+
+
+def test_a_file_that_another_object_removed_is_closed(queues: ConsumeQueues) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    queues.write(1, 0, 0, packed(entries(0, 20)))
+    remover = ConsumeQueues(queues._directory, queues._store_id, writable=True, entries_per_file=8)
+    assert remover.delete_before(1, 0, 16) == 2
+    queues.close_unlinked()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+    assert queues.read(1, 0, 16, 9, FAR) == entries(16, 4)
 
 
 def test_an_offset_is_found_by_time(queues: ConsumeQueues) -> None:

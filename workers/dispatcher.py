@@ -41,14 +41,17 @@ def serve(worker: common.Worker) -> None:
     index.cut(region.get("dispatched"))
     indexer = Indexer(region, Source(region, readers[1]), index)
     region.set("indexed", indexer.position)
-    dispatcher = Dispatcher(region, Source(region, readers[0]), queues, indexer)
     checkpoints = CheckpointFile(paths.checkpoint)
     last = checkpoints.read() or Checkpoint(worker.store)
-    upkeep = Upkeep(region, worker.config.runtime, queues, own_queues, indexer, checkpoints, last)
+    dispatcher = Dispatcher(region, Source(region, readers[0]), queues, indexer, last.dispatched)
+    upkeep = Upkeep(region, worker.config.runtime, dispatcher, own_queues, indexer, checkpoints, last)
     thread = _UpkeepThread(worker, upkeep)
     thread.start()
     try:
         while not worker.stopping:
+            if upkeep.unlinked.is_set():
+                upkeep.unlinked.clear()
+                queues.close_unlinked()
             if not dispatch(worker, dispatcher):
                 pause(worker, dispatcher)
     finally:

@@ -4,7 +4,9 @@
                                             └─ marks ─▶ Indexer ──▶ key index ──▶ ``indexed``
 
 Order, and what a crash leaves: entries first, then the watermark. A dispatcher killed in between leaves entries past
-``dispatched``, which its successor writes again with the same bytes; readers stop at the watermark.
+``dispatched``, which its successor writes again with the same bytes; readers stop at the watermark. It also leaves
+entries before it that nobody has synced, and which may look clean (F1, F2): so the successor begins at the newest
+checkpoint's ``dispatched``, and no checkpoint names more than its own dispatcher has written.
 """
 
 from __future__ import annotations
@@ -93,14 +95,21 @@ class Source:
 class Dispatcher:
     """Keeps the consume queues. One thread steps it; it must keep up with the producers."""
 
-    def __init__(self, region: Region, source: Source, queues: ConsumeQueues, indexer: Indexer) -> None:
+    def __init__(self, region: Region, source: Source, queues: ConsumeQueues, indexer: Indexer, synced: int) -> None:
+        """``synced``: the consume queues' entries before it are durable, says the newest checkpoint."""
         self._region = region
         self._source = source
-        self._queues = queues
+        self.queues = queues
         self._indexer = indexer
-        self.position = region.get("dispatched")
+        # Entries before it are synced, or dirty in `queues`.
+        self.position = max(region.get("kept"), min(synced, region.get("dispatched")))
         self.starved = False  # the last pass found no room on the disk
         self._epoch = 0  # of the record at `position`; 0: not known
+
+    @property
+    def behind(self) -> bool:
+        """What a predecessor has dispatched is still being written again."""
+        return self.position < self._region.get("dispatched")
 
     def step(self) -> int:
         """Dispatch one bounded pass. Returns the bytes of log that it covered: 0 if there was nothing to do.
@@ -112,16 +121,22 @@ class Dispatcher:
             return 0
         epoch = self._epoch or self._source.epoch_at(self.position)
         scan = self._source.scan(self.position, tail, epoch)
+        runs = self._of_live_topics(scan.runs) if self.behind else scan.runs
         failpoint("dispatcher.before_queues")  # nothing written
-        for run in scan.runs:
-            self._queues.write(*run)
+        for run in runs:
+            self.queues.write(*run)
         failpoint("dispatcher.after_queues")  # entries past `dispatched`: written again by the next dispatcher
-        self._region.set("dispatched", scan.end)
+        self._region.raise_to("dispatched", scan.end)
         failpoint("dispatcher.after_publish")  # marks not offered: the next indexer scans for itself
         self._indexer.offer(self.position, scan.end, scan.marks)
         done = scan.end - self.position
         self.position, self._epoch = scan.end, scan.epoch
         return done
+
+    def _of_live_topics(self, runs: list[tuple[int, int, int, bytes]]) -> list[tuple[int, int, int, bytes]]:
+        """Without those of topics whose files are removed already, or will be by the deletion that is yet to be met."""
+        live = {topic["topic_id"] for topic in self._region.topics()}
+        return [run for run in runs if run[0] in live]
 
 
 class Indexer:

@@ -16,7 +16,7 @@ from shmbroker.delivery.retention import raise_first_offsets
 from shmbroker.errors import CorruptLog, GroupNotExist, QueueNotExist, TopicNotExist
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.consume_queue import ENTRY, ENTRY_BYTES, ConsumeQueues, sync_paths
+from shmbroker.store.consume_queue import ENTRY, ENTRY_BYTES, ConsumeQueues
 
 Run = tuple[int, int, int, bytes]
 _LAP_RECORDS: Final = 65_536
@@ -76,7 +76,7 @@ class Restoration:
         self._queues.truncate(end)
         for topic_id in self._deleted_topics:
             self._queues.delete_topic(topic_id)
-        sync_paths(self._queues.take_dirty())
+        self._queues.sync()
 
     def apply(self, region: Region, log: LogReader, kept: int) -> None:
         """Put everything into new memory, to which nobody else is attached. Raises LimitReached if it is too small."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ import lmdb
 
 from shmbroker._native._core import Region
 from shmbroker.config import RuntimeConfig
-from shmbroker.delivery.dispatch import Indexer
+from shmbroker.delivery.dispatch import Dispatcher, Indexer
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.delivery.snapshot import Snapshot, append_progress
 from shmbroker.errors import BrokerClosed, Retryable, StoreFull, StoreReadOnly
 from shmbroker.failpoint import failpoint
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
-from shmbroker.store.consume_queue import ConsumeQueues, sync_paths
+from shmbroker.store.consume_queue import ConsumeQueues
 
 logger = logging.getLogger("shmbroker.dispatcher")
 
@@ -56,23 +57,26 @@ class Upkeep:
         self,
         region: Region,
         config: RuntimeConfig,
-        queues: ConsumeQueues,
+        dispatcher: Dispatcher,
         own_queues: ConsumeQueues,
         indexer: Indexer,
         checkpoints: CheckpointFile,
         last: Checkpoint,
     ) -> None:
-        """``queues`` are the dispatcher's; ``own_queues`` is a second object over the same files, for this thread.
+        """``own_queues`` is a second object over the files of the dispatcher's queues, for this thread.
 
         ``last`` is the newest checkpoint: store id and epochs go on from it.
         """
         self._region = region
         self._config = config
-        self._queues = queues
+        self._dispatcher = dispatcher
         self._own_queues = own_queues
         self._indexer = indexer
         self._checkpoints = checkpoints
         self._last = last
+        self.unlinked = (
+            threading.Event()
+        )  # set when consume queue files were removed; cleared by the dispatcher's thread
         self._last_checkpoint = time.monotonic()
         self._snapshot_begun = region.get("snapshot")
         self._snapshot_pending: tuple[int, int] | None = None  # (begin, end) of one that is not flushed yet
@@ -113,17 +117,20 @@ class Upkeep:
             self.checkpoint(clean=self._region.get("tail") == end)
 
     def checkpoint(self, *, clean: bool = False) -> None:
-        """Note how far everything is. The order, and what a crash at each edge leaves:
+        """Note how far everything is, of consume queues only what this process has written, and so can sync.
+
+        The order, and what a crash at each edge leaves:
 
         watermarks loaded ── nothing
         queues synced     ── more on the disk than any checkpoint says: recovery writes it again
         checkpoint synced ── recovery begins at these watermarks
         """
         flushed = self._region.get("flushed")
-        dispatched = min(flushed, self._region.get("dispatched"))  # before `dirty`, which then has all files up to it
+        dispatched = min(flushed, self._dispatcher.position)  # before the sync, which then covers all files up to it
         snapshot = self._region.get("snapshot")
         kept = self._region.get("kept")
-        sync_paths(self._queues.take_dirty() | self._own_queues.take_dirty())
+        self._dispatcher.queues.sync()
+        self._own_queues.sync()
         if not 0 < snapshot <= dispatched:
             # Replay starts at the snapshot, and has to meet everything that is not dispatched.
             snapshot = -1 if self._last.snapshot is None else self._last.snapshot
@@ -152,8 +159,9 @@ class Upkeep:
         busy = self._indexer.step()
         if self._indexer.full:
             self._indexer.commit()
-        while self._indexer.deleted_topics:
+        while self._indexer.deleted_topics and not self._dispatcher.behind:  # else it might make the files again
             self._own_queues.delete_topic(self._indexer.deleted_topics.pop())
+            self.unlinked.set()
         return 0.0 if busy else POLL
 
     def _commit_index(self) -> float:
@@ -190,11 +198,12 @@ class Upkeep:
 
     def _changed(self) -> bool:
         last = self._last
-        now = tuple(self._region.get(word) for word in ("flushed", "dispatched", "kept"))
+        now = self._region.get("flushed"), self._dispatcher.position, self._region.get("kept")
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
 
     def _retain(self) -> float:
         if retain(self._region, self._own_queues, self._config.retention_bytes):
             logger.info("the log before position %d is no longer needed", self._region.get("kept"))
+            self.unlinked.set()
         self._indexer.drop_before(self._region.get("kept"))
         return POLL if self._region.get("store_state") == STORE_FULL else RETENTION_INTERVAL

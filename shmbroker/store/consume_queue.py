@@ -12,8 +12,8 @@ in 20 digits. Entry ``i`` of a queue therefore has one place, known without look
 All little-endian. A size of 0 is a hole: an offset that no message has (before the first one kept when the queue was
 rebuilt, or skipped by a recovery that found progress beyond a cut, R4). Positions grow with the offsets.
 
-What a crash leaves: a killed writer leaves a run half written, and its successor, who starts at the ``dispatched``
-watermark, writes the same bytes again. After a loss of power nothing at or past the checkpoint's ``dispatched`` is
+What a crash leaves: a killed writer leaves a run half written and others unsynced; its successor, who starts at the
+checkpoint's ``dispatched``, writes the same bytes again. After a loss of power nothing at or past that position is
 trusted: :meth:`ConsumeQueues.truncate` drops it and recovery dispatches it anew.
 """
 
@@ -95,20 +95,31 @@ class ConsumeQueues:
             part = view[: (self._per_file - index) * ENTRY_BYTES]
             fd = self._file(topic_id, queue_id, offset - index, create=True)
             self._write_all(fd, part, _HEADER_BYTES + index * ENTRY_BYTES)
-            with self._dirty:  # after the write: see take_dirty
+            with self._dirty:  # after the write: see sync
                 self._dirty_files.add((topic_id, queue_id, offset - index))
             offset += len(part) // ENTRY_BYTES
             view = view[len(part) :]
 
-    def take_dirty(self) -> set[Path]:
-        """Paths of files and directories changed since the last call: what :func:`sync_paths` makes durable.
+    def dirty(self) -> set[Path]:
+        """Paths of files and directories that this object has changed and not synced yet."""
+        with self._dirty:
+            return {self._path(*key) for key in self._dirty_files} | self._dirty_directories
 
-        May be called by another thread than the writer's. Who loads ``dispatched`` first gets all that it covers.
+    def sync(self) -> None:
+        """Make all that this object has changed durable. Raises OSError; what it was to sync is then dirty again.
+
+        May be called by another thread than the writer's. Who loads the writer's position first has all before it.
         """
         with self._dirty:
             files, self._dirty_files = self._dirty_files, set()
             directories, self._dirty_directories = self._dirty_directories, set()
-        return {self._path(*key) for key in files} | directories
+        try:
+            _sync_paths({self._path(*key) for key in files} | directories)
+        except BaseException:
+            with self._dirty:
+                self._dirty_files |= files
+                self._dirty_directories |= directories
+            raise
 
     def truncate(self, position: int) -> None:
         """Drop every entry at or past ``position``, and files that power loss left without a header."""
@@ -143,6 +154,11 @@ class ConsumeQueues:
         shutil.rmtree(self._directory / str(topic_id), ignore_errors=True)
         with self._dirty:
             self._dirty_directories.add(self._directory)
+
+    def close_unlinked(self) -> None:
+        """Close files that another object has removed: while one is open, its room on the disk does not come free."""
+        for key in [key for key, fd in self._open.items() if os.fstat(fd).st_nlink == 0]:
+            os.close(self._open.pop(key))
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -281,6 +297,9 @@ class ConsumeQueues:
 
     def _open_file(self, path: Path, create: bool) -> int:
         flags = os.O_CLOEXEC | (os.O_RDWR if self._writable else os.O_RDONLY)
+        if create:  # also where the file is there: who made it may have been killed before it synced the directories
+            with self._dirty:
+                self._dirty_directories.update((path.parent, path.parent.parent, self._directory))
         try:
             return os.open(path, flags)
         except FileNotFoundError:
@@ -288,8 +307,6 @@ class ConsumeQueues:
                 raise
         for directory in (path.parent.parent, path.parent):
             directory.mkdir(mode=access.directory_mode(), exist_ok=True)
-        with self._dirty:
-            self._dirty_directories.update((path.parent, path.parent.parent, self._directory))
         return os.open(path, flags | os.O_CREAT, access.file_mode())
 
     def _forget(self, topic_id: int, queue_id: int, first: int) -> None:
@@ -324,7 +341,7 @@ class ConsumeQueues:
             at += written
 
 
-def sync_paths(paths: set[Path]) -> None:
+def _sync_paths(paths: set[Path]) -> None:
     """fdatasync files and directories; deeper ones first, so that a directory is synced after what it names.
 
     May run in another thread than the writer: it opens each path itself. A path deleted meanwhile needs no sync.

@@ -19,7 +19,7 @@ from shmbroker.naming import BrokerPaths
 from shmbroker.record import RecordKind, TopicBody, decode_record
 from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.consume_queue import ENTRIES_PER_FILE, ENTRY, ENTRY_BYTES, ConsumeQueues, sync_paths
+from shmbroker.store.consume_queue import ENTRIES_PER_FILE, ENTRY, ENTRY_BYTES, ConsumeQueues
 from shmbroker.store.files import sync_directory
 from shmbroker.store.key_index import TABLES, KeyIndex
 
@@ -89,7 +89,7 @@ def rebuild(
             raise log.explain(reached, f"no valid record, though the log goes on to {end}")
         keys += index.pending
         index.commit(end)
-        sync_paths(queues.take_dirty())
+        queues.sync()
     finally:
         queues.close()
         index.close()
