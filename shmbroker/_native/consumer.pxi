@@ -170,6 +170,8 @@ cdef class ConsumerCore(_QueueReader):
                     slept = True
             finally:
                 sb_wait_message_end(r, waiter, topics, count)
+            if slept and not out:
+                out = self.collect(self.ready(), room, invisible_ms)  # what we were woken for, before anything else
             if out and slept:
                 self.wake_next(r)
             if out or sb_now_ns() >= deadline_ns:
