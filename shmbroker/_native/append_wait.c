@@ -1,17 +1,32 @@
 /* append_wait.c: an append that may wait, see ring.h. All waiting is done without the append lock. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <time.h>
+
 #include "ring.h"
 #include "wait.h"
 
 #define SLICE_NS 100000000ll /* Ctrl-C is looked at so often */
 #define DISK_SLICE_NS 2000000ll
+#define POLL_NS 500000ll /* for a thread that got no wait slot */
 
 static int64_t earlier(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Disk space is being prepared: look again shortly. Not woken, since this is rare and the flusher has better to do. */
-static int wait_capacity(sb_region *r, uint32_t waiter, int64_t deadline_ns)
+static int wait_capacity(sb_region *r)
 {
+    struct timespec pause = {.tv_sec = 0, .tv_nsec = DISK_SLICE_NS};
     (void)sb_worker_post(r, SB_ROLE_FLUSHER, 1);
-    return sb_semaphore_wait(&sb_waiter_at(r, waiter)->wake, earlier(deadline_ns, sb_now_ns() + DISK_SLICE_NS));
+    return clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL) ? SB_INTERRUPTED : SB_TIMEOUT;
+}
+
+static int wait_for(sb_region *r, uint32_t client, uint32_t *waiter, uint32_t kind, uint64_t needed, int64_t slice)
+{
+    if (*waiter == SB_NIL && sb_waiter_take(r, client, waiter) != SB_OK) {
+        return sb_poll_position(r, kind, needed, slice, POLL_NS);
+    }
+    return sb_wait_position(r, *waiter, kind, needed, slice);
 }
 
 int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects, uint32_t effect_count,
@@ -25,18 +40,14 @@ int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count
             (code != SB_NO_CAPACITY || sb_load(&sb_marks(r)->store_state) == SB_STORE_FULL)) {
             return code;
         }
-        int64_t now = sb_now_ns();
-        if (now >= deadline_ns) {
+        if (sb_now_ns() >= deadline_ns) {
             return code;
-        }
-        if (code != SB_TIMEOUT && *waiter == SB_NIL && sb_waiter_take(r, client, waiter) != SB_OK) {
-            return SB_TABLE_FULL;
         }
         int waited = SB_TIMEOUT;
         if (code == SB_NO_CAPACITY) {
-            waited = wait_capacity(r, *waiter, slice);
+            waited = wait_capacity(r);
         } else if (code != SB_TIMEOUT) {
-            waited = sb_wait_position(r, *waiter, code == SB_NO_SPACE ? SB_WAIT_SPACE : SB_WAIT_DISPATCH, needed, slice);
+            waited = wait_for(r, client, waiter, code == SB_NO_SPACE ? SB_WAIT_SPACE : SB_WAIT_DISPATCH, needed, slice);
         }
         if (waited == SB_INTERRUPTED || (waited == SB_TIMEOUT && sb_now_ns() >= slice && slice < deadline_ns)) {
             return SB_INTERRUPTED;

@@ -40,7 +40,7 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
               uint32_t options, int64_t deadline_ns, uint64_t *end, uint64_t *needed);
 /* The same, waiting for lock, space, index or disk until the deadline; then the code says what was missing. Returns
  * SB_INTERRUPTED at least every 100 ms so that the caller may look at signals: call again. *waiter: a wait slot taken when
- * first needed (SB_NIL before), the caller gives it back. */
+ * first needed (SB_NIL before), the caller gives it back; if all are taken it polls. */
 int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects, uint32_t effect_count,
                    uint32_t options, int64_t deadline_ns, uint64_t *end, uint32_t *waiter);
 void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post whoever sleeps for what was appended */
