@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.consuming import ALL, asleep, bodies_of, drain, numbered, send
-from support.processes import SMALL, stop_broker
-from support.running import lose_memory, running
+from support.processes import SMALL, Child, stop_broker
+from support.running import QUICK, lose_memory, running
 from support.waiting import wait_until
 
 import shmbroker
@@ -110,13 +110,24 @@ def test_a_lagging_consumer_reads_every_message_in_order_from_the_files(director
             assert drain(consumer, len(bodies)) == bodies
 
 
+SENDER = """
+    import sys, shmbroker
+    from shmbroker import Message
+    broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
+    broker.create_topic("orders", queues=1)
+    with broker.producer("test") as producer:
+        for number in range(500):
+            producer.send(Message("orders", b"%d" % number))
+    print("sent")
+    sys.stdin.read()
+"""
+
+
 def test_what_only_the_files_have_is_read_after_the_memory_was_lost(directory: Path) -> None:
-    bodies = numbered(500)
-    with running(directory, flush_disk_type="SYNC_FLUSH") as broker:
-        broker.create_topic("orders", queues=1)
-        send(broker, *bodies)
+    with Child(SENDER, directory, QUICK | {"flush_disk_type": "SYNC_FLUSH"}) as child:
+        assert child.read_line() == "sent"
         lose_memory(directory)
     with running(directory) as broker, broker.simple_consumer("audit", ALL) as consumer:
         send(broker, b"new")
-        assert drain(consumer, len(bodies) + 1) == [*bodies, b"new"]
+        assert drain(consumer, 501) == [*numbered(500), b"new"]
         assert consumer.receive(1, wait=0.0) == []
