@@ -16,8 +16,6 @@ HEADER = 80
 ALIGN = 8
 BLOCK_ENTRIES = 128
 GROUP_RECORDS_MAX = 1024
-ID_PROBES = 8
-MASK64 = (1 << 64) - 1
 
 KIND_MESSAGE, KIND_FILLER, KIND_PROGRESS = 1, 2, 6
 FLAG_GROUP, FLAG_DEDUP, FLAG_GROUP_LAST = 1, 2, 4
@@ -113,7 +111,7 @@ class ReferenceRing:
         self.user_capacity = self.system_capacity = 1 << 40
         self.queues = [Queue() for _ in range(shape.queues)]
         self._pool = deque(Block() for _ in range(shape.blocks))
-        self._ids: list[tuple[int, int, int]] = [(0, 0, 0)] * shape.ids  # incarnation, sequence, position
+        self._ids: deque[tuple[int, int, int]] = deque(maxlen=shape.ids)  # incarnation, sequence, position
         self._log = bytearray()
 
     # ---- appends
@@ -150,8 +148,8 @@ class ReferenceRing:
         total = sum(padded(draft.size()) for draft in drafts)
         if len(drafts) > GROUP_RECORDS_MAX or total > min(shape.ring_bytes, shape.segment_bytes) // 4:
             raise Refused("TOO_LARGE")
-        if dedup and (known := self._find_id(stamps[0])[0]) is not None:
-            return Placed((self._ids[known][2],), (), 0, duplicate=True)
+        if dedup and (known := self._find_id(stamps[0])) is not None:
+            return Placed((known,), (), 0, duplicate=True)
         start, end = self._place(total)
         usable = shape.ring_bytes - (0 if system else shape.reserve_bytes)
         if end - self.flushed > usable:
@@ -165,7 +163,7 @@ class ReferenceRing:
             position += padded(draft.size())
         offsets = self._index(drafts, positions)
         if dedup:
-            self._remember_id(stamps[0], start)
+            self._ids.append((stamps[0].incarnation, stamps[0].sequence, start))
         self._write(drafts, stamps, positions, offsets, total, end, dedup=dedup)
         return Placed(tuple(positions), tuple(offsets), end)
 
@@ -276,17 +274,12 @@ class ReferenceRing:
 
     # ---- remembered ids (R17)
 
-    def _find_id(self, stamp: Stamp) -> tuple[int | None, int]:
-        """(place of the id or None, place that is given up for it)."""
-        mixed = (stamp.incarnation ^ (stamp.sequence * 0x9E3779B97F4A7C15 & MASK64)) * 0xFF51AFD7ED558CCD & MASK64
-        places = [((mixed >> 32) + probe) % self.shape.ids for probe in range(ID_PROBES)]
-        for place in places:
-            if self._ids[place][:2] == (stamp.incarnation, stamp.sequence):
-                return place, place
-        return None, min(places, key=lambda place: self._ids[place][2])
-
-    def _remember_id(self, stamp: Stamp, position: int) -> None:
-        self._ids[self._find_id(stamp)[1]] = (stamp.incarnation, stamp.sequence, position)
+    def _find_id(self, stamp: Stamp) -> int | None:
+        """Position of the newest message with this id, if it is among the last that were remembered."""
+        known = (
+            position for *identity, position in reversed(self._ids) if identity == [stamp.incarnation, stamp.sequence]
+        )
+        return next(known, None)
 
     # ---- reading
 

@@ -28,8 +28,9 @@ from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, pass_session
 
 LINES = 600_000
-# A successor's lines in doubt must still be in the window of remembered dedup keys after its start of some 200 ms.
-ID_WINDOW = 1 << 18
+# A killed sender's lines in doubt must still be remembered when its successor sends them again: within so many sends of
+# the others. 32 bytes each; with this the broker still fits into the 64 MiB of /dev/shm that Docker gives.
+ID_WINDOW = 1 << 19
 
 
 def run_demo(

@@ -3,36 +3,91 @@
 
 #include "undo.h"
 
-#define ID_PROBES 8u
+typedef int (*store)(sb_region *r, sb_word *word, uint64_t value);
 
-static uint32_t id_bucket(const sb_region *r, uint64_t incarnation, uint64_t sequence)
+static int plain_store(sb_region *r, sb_word *word, uint64_t value)
 {
-    uint64_t h = (incarnation ^ (sequence * 0x9e3779b97f4a7c15ull)) * 0xff51afd7ed558ccdull;
-    return (uint32_t)(h >> 32) & (r->limits.ids - 1);
+    (void)r;
+    sb_store(word, value);
+    return SB_OK;
 }
 
-static sb_id *find_id(const sb_region *r, uint64_t incarnation, uint64_t sequence, sb_id **oldest)
+/* -- chains: see sb_id in layout.h. Entries are named by their index + 1; a name out of range ends a chain. ---------- */
+
+static uint32_t head(const sb_id *id) { return (uint32_t)(sb_peek(&id->links) >> 32); }
+static uint32_t next(const sb_id *id) { return (uint32_t)sb_peek(&id->links); }
+
+static int set_head(sb_region *r, sb_id *id, uint32_t name, store put)
 {
-    uint32_t at = id_bucket(r, incarnation, sequence);
-    *oldest = NULL;
-    for (uint32_t i = 0; i < ID_PROBES; i++) {
-        sb_id *id = sb_id_at(r, (at + i) & (r->limits.ids - 1));
+    return put(r, &id->links, (uint64_t)name << 32 | next(id));
+}
+
+static int set_next(sb_region *r, sb_id *id, uint32_t name, store put)
+{
+    return put(r, &id->links, (uint64_t)head(id) << 32 | name);
+}
+
+static sb_id *chain_of(const sb_region *r, uint64_t incarnation, uint64_t sequence)
+{
+    uint64_t h = (incarnation ^ (sequence * 0x9e3779b97f4a7c15ull)) * 0xff51afd7ed558ccdull;
+    return sb_id_at(r, (uint32_t)(h >> 32) & (r->limits.ids - 1));
+}
+
+static sb_id *named(const sb_region *r, uint32_t name)
+{
+    return name && name <= r->limits.ids ? sb_id_at(r, name - 1) : NULL;
+}
+
+/* The newest entry with this id. */
+static sb_id *find_id(const sb_region *r, uint64_t incarnation, uint64_t sequence)
+{
+    sb_id *id = named(r, head(chain_of(r, incarnation, sequence)));
+    for (uint32_t steps = 0; id && steps < r->limits.ids; steps++, id = named(r, next(id))) {
         if (sb_peek(&id->incarnation) == incarnation && sb_peek(&id->sequence) == sequence) {
             return id;
-        }
-        if (!*oldest || sb_peek(&id->position) < sb_peek(&(*oldest)->position)) {
-            *oldest = id;
         }
     }
     return NULL;
 }
 
-/* Has this id been appended before? The hash window is exact (undo scope); a client's own window is compared with the
+/* Take an entry out of its chain; one that was never used is in none. */
+static int forget(sb_region *r, uint32_t name, store put)
+{
+    sb_id *gone = sb_id_at(r, name - 1), *chain = chain_of(r, sb_peek(&gone->incarnation), sb_peek(&gone->sequence));
+    if (head(chain) == name) {
+        return set_head(r, chain, next(gone), put);
+    }
+    sb_id *before = named(r, head(chain));
+    for (uint32_t steps = 0; before && steps < r->limits.ids; steps++, before = named(r, next(before))) {
+        if (next(before) == name) {
+            return set_next(r, before, next(gone), put);
+        }
+    }
+    return SB_OK;
+}
+
+/* The oldest entry becomes the newest. */
+static int remember(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position, store put)
+{
+    sb_word *count = &sb_marks(r)->ids_remembered;
+    uint32_t name = (uint32_t)(sb_peek(count) & (r->limits.ids - 1)) + 1;
+    sb_id *id = sb_id_at(r, name - 1), *chain = chain_of(r, incarnation, sequence);
+    int code = forget(r, name, put);
+    code = code == SB_OK ? put(r, &id->incarnation, incarnation) : code;
+    code = code == SB_OK ? put(r, &id->sequence, sequence) : code;
+    code = code == SB_OK ? put(r, &id->position, position) : code;
+    code = code == SB_OK ? set_next(r, id, head(chain), put) : code;
+    code = code == SB_OK ? set_head(r, chain, name, put) : code;
+    return code == SB_OK ? put(r, count, sb_peek(count) + 1) : code;
+}
+
+/* -- ids ---------------------------------------------------------------------------------------------------------- */
+
+/* Has this id been appended before? The window is exact (undo scope); a client's own window is compared with the
  * record itself while the ring still has it (R17). */
 int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail)
 {
-    sb_id *oldest;
-    const sb_id *known = find_id(r, item->incarnation, item->sequence, &oldest);
+    const sb_id *known = find_id(r, item->incarnation, item->sequence);
     if (known && sb_peek(&known->position) >= sb_load(&sb_marks(r)->kept)) { /* the window reaches as far as the log */
         item->position = sb_peek(&known->position);
         return SB_DUPLICATE;
@@ -57,23 +112,13 @@ int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail
 
 int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position)
 {
-    sb_id *oldest;
-    sb_id *id = find_id(r, incarnation, sequence, &oldest);
-    id = id ? id : oldest;
-    sb_store(&id->position, position);
-    sb_store(&id->incarnation, incarnation);
-    sb_store(&id->sequence, sequence);
-    return SB_OK;
+    const sb_id *known = find_id(r, incarnation, sequence);
+    return known && sb_peek(&known->position) == position ? SB_OK : remember(r, incarnation, sequence, position, plain_store);
 }
 
 int sb_id_remember(sb_region *r, const sb_item *item)
 {
-    sb_id *oldest;
-    sb_id *id = find_id(r, item->incarnation, item->sequence, &oldest);
-    id = id ? id : oldest;
-    int code = sb_undo_store(r, &id->position, item->position);
-    code = code == SB_OK ? sb_undo_store(r, &id->incarnation, item->incarnation) : code;
-    return code == SB_OK ? sb_undo_store(r, &id->sequence, item->sequence) : code;
+    return remember(r, item->incarnation, item->sequence, item->position, sb_undo_store);
 }
 
 /* No undo: behind `tail` it is compared with the record, beyond it is not believed, and the dead send nothing again. */

@@ -1,8 +1,8 @@
 /* id_window.h: never a second copy of a message (R17). Caller holds the append lock.
  *
  * Two memories: each client's own last 64 sequences with their positions, compared with the record itself while the ring
- * has it; and a hash window of dedup keys' ids and of the last ids before a restart, exact because its words are undone
- * with their append.
+ * has it; and a window of dedup keys' ids and of the last ids before a restart. The window holds exactly the last
+ * `limits.ids` of them, and is true to the log because its words are undone with their append.
  */
 #ifndef SHMBROKER_ID_WINDOW_H
 #define SHMBROKER_ID_WINDOW_H

@@ -177,6 +177,7 @@ typedef struct {
     sb_word claimable_hint;            /* bumped by whoever makes claims available again: sleepers re-check */
     sb_word waiters_high;              /* wait slots ever taken: scans stop here; only grows */
     sb_word lock_takeovers;            /* append lock found with a dead owner, counted for `status` */
+    sb_word ids_remembered;            /* append lock, undo scope: the next entry of the id window, modulo its size */
 } sb_watermarks;
 
 enum sb_state { SB_STATE_STARTING = 1, SB_STATE_RUNNING = 2, SB_STATE_DRAINING = 3, SB_STATE_STOPPED = 4 };
@@ -378,12 +379,14 @@ typedef struct {
     uint16_t kind;
 } sb_progress_run;
 
-/* Ids kept by hash: dedup keys, and the last ids before a restart (R17). Append lock, undo scope. */
+/* The last ids remembered, no fewer and no more than there are entries: dedup keys, and the last ids before a restart
+ * (R17). Entries are used in a circle. Ids that hash to the number n hang in a chain, newest first, whose head is kept
+ * in entry n. Append lock, undo scope. */
 typedef struct {
     sb_word incarnation;
     sb_word sequence;
     sb_word position;
-    sb_word reserved;
+    sb_word links; /* upper half: head of chain n; lower: next in the chain of this id; entry + 1, 0 none */
 } sb_id;
 
 typedef struct {

@@ -440,6 +440,29 @@ static void a_dedup_id_is_stored_once_even_after_the_ring_has_passed_it(void)
     broker_close(&b);
 }
 
+static void the_last_dedup_ids_are_remembered_no_fewer_and_no_more(void)
+{
+    setup();
+    sb_item first, again;
+    uint32_t ids = b.r.limits.ids;
+    for (uint32_t lap = 0; lap < 3; lap++) {
+        uint64_t base = 1000 + (uint64_t)lap * 10 * ids;
+        for (uint32_t i = 0; i < ids; i++) {
+            broker_settle(&b);
+            CHECK_EQ(broker_send(&b, 0, 10, 500, base + i, SB_APPEND_DEDUP, &first), SB_OK);
+        }
+        for (uint32_t i = 0; i < ids; i++) {
+            CHECK_EQ(broker_send(&b, 0, 10, 500, base + i, SB_APPEND_DEDUP, &again), SB_DUPLICATE);
+        }
+        broker_settle(&b);
+        CHECK_EQ(broker_send(&b, 0, 10, 500, base + ids, SB_APPEND_DEDUP, &first), SB_OK);
+        CHECK_EQ(broker_send(&b, 0, 10, 500, base + 1, SB_APPEND_DEDUP, &again), SB_DUPLICATE);
+        CHECK_EQ(broker_send(&b, 0, 10, 500, base, SB_APPEND_DEDUP, &again), SB_OK);
+    }
+    check_invariants(&b);
+    broker_close(&b);
+}
+
 static void a_client_is_told_of_its_own_resend(void)
 {
     setup();
@@ -521,6 +544,7 @@ int main(int argc, char **argv)
         TEST(effects_come_true_with_the_records_or_not_at_all),
         TEST(effects_go_back_when_the_index_is_full),
         TEST(a_dedup_id_is_stored_once_even_after_the_ring_has_passed_it),
+        TEST(the_last_dedup_ids_are_remembered_no_fewer_and_no_more),
         TEST(a_client_is_told_of_its_own_resend),
         TEST(a_resend_is_known_after_a_refused_append_overwrote_the_record),
     };
