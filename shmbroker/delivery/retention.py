@@ -1,8 +1,9 @@
 """What of the log may be deleted, and in which order (R15, R16).
 
 A segment may go when the newest complete snapshot begins behind it, consume queues and key index have what is in it,
-and every group has consumed it. Order, and what a crash leaves: queues' first offsets, then ``kept``, then the flusher
-retires the segments, then files of the consume queues. Killed anywhere: all of it is done again, from the same floor.
+and every group has consumed it; what no group has consumed yet is kept for the first one. Order, and what a crash
+leaves: queues' first offsets, then ``kept``, then the flusher retires the segments, then files of the consume queues.
+Killed anywhere: all of it is done again, from the same floor.
 """
 
 from __future__ import annotations
@@ -16,31 +17,35 @@ STORE_FULL: Final = 1  # enum sb_store_state
 _ANYWHERE: Final = 1 << 63
 
 
-def floor(region: Region, queues: ConsumeQueues, *, unclaimed: bool) -> int:
+def floor(region: Region, queues: ConsumeQueues) -> int:
     """The position before which nobody needs the log any more.
 
-    With ``unclaimed``, messages of queues that no group consumes count as needed.
+    A group that consumes one queue of a topic is to get the others as well, also those added while it was away. What
+    no group consumes yet waits for the first one.
     """
     lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed"))
-    claimed: set[tuple[int, int]] = set()
+    groups: dict[int, set[int]] = {}  # of each topic
+    oldest: dict[tuple[int, int], dict[int, int]] = {}  # of each queue: the first offset that a group still needs
     for table in region.progress():
-        queue = table["topic_id"], table["queue_id"]
-        claimed.add(queue)
-        oldest = min([table["base"], *table["overflow"]])
-        lowest = min(lowest, _position_of(queues, *queue, oldest, lowest))
-    if unclaimed:
-        for topic in region.topics():
-            for queue_state in topic["queues"]:
-                queue = topic["topic_id"], queue_state["queue_id"]
-                if queue not in claimed:
-                    lowest = min(lowest, _position_of(queues, *queue, queue_state["first_offset"], lowest))
+        groups.setdefault(table["topic_id"], set()).add(table["group_id"])
+        needed = oldest.setdefault((table["topic_id"], table["queue_id"]), {})
+        needed[table["group_id"]] = min([table["base"], *table["overflow"]])
+    for topic in region.topics():
+        consumers = groups.get(topic["topic_id"], set())
+        for queue in topic["queues"]:
+            identity = topic["topic_id"], queue["queue_id"]
+            needed = oldest.get(identity, {})
+            untouched = not needed or consumers - needed.keys()
+            offset = min([*needed.values(), *([queue["first_offset"]] if untouched else [])])
+            lowest = min(lowest, _position_of(queues, *identity, offset, lowest))
     return lowest
 
 
 def retain(region: Region, queues: ConsumeQueues, retention_bytes: int) -> bool:
     """Give up segments that are consumed and more than ``retention_bytes`` old; True if there were any.
 
-    While the disk is full it gives up whatever is consumed. ``retention_bytes`` 0 keeps all until then.
+    While the disk is full it gives up whatever is consumed. ``retention_bytes`` 0 keeps all until then. What is not
+    consumed stays in either case: then a full disk refuses writes.
     """
     full = region.get("store_state") == STORE_FULL
     if not (full or retention_bytes):
@@ -49,7 +54,7 @@ def retain(region: Region, queues: ConsumeQueues, retention_bytes: int) -> bool:
     wanted -= wanted % region.segment_bytes
     if wanted <= region.get("kept"):
         return False
-    limit = floor(region, queues, unclaimed=not retention_bytes)
+    limit = floor(region, queues)
     kept = min(wanted, limit - limit % region.segment_bytes)
     if kept <= region.get("kept"):
         return False

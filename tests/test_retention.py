@@ -1,0 +1,85 @@
+"""Retention gives up what every group has consumed, and nothing else (R15, R16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.regions import memory
+
+from shmbroker._native._core import Region
+from shmbroker.delivery.progress import Progress
+from shmbroker.delivery.retention import STORE_FULL, retain
+from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
+
+STORE = bytes(16)
+SEGMENT = 1 << 20
+MESSAGES = 8  # of each queue, one in each segment
+END = MESSAGES * SEGMENT
+
+
+@contextmanager
+def filled(tmp_path: Path) -> Iterator[tuple[Region, ConsumeQueues]]:
+    """Topic "orders" with two queues, messages in every segment, everything flushed, dispatched and in a snapshot."""
+    queues = ConsumeQueues(tmp_path, STORE, writable=True)
+    with memory(segment_bytes=SEGMENT) as region:
+        region.define_topic("orders", 2, 6, record=False)
+        for group in ("billing", "audit"):
+            region.define_group(group, record=False)
+        for queue_id in range(2):
+            entries = [ENTRY.pack(number * SEGMENT + 128 * queue_id, 100, 0) for number in range(MESSAGES)]
+            queues.write(1, queue_id, 0, b"".join(entries))
+            region.restore_queue(1, queue_id, MESSAGES, 0)
+        for word in ("tail", "flushed", "dispatched", "indexed", "snapshot"):
+            region.set(word, END)
+        yield region, queues
+    queues.close()
+
+
+def consume(region: Region, group_id: int, queue_id: int, base: int) -> None:
+    region.restore_progress(Progress(group_id, 1, queue_id, 0, base).encode())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_no_group_has_consumed_yet_waits_for_the_first(tmp_path: Path, full: bool) -> None:
+    with filled(tmp_path) as (region, queues):
+        if full:
+            region.publish_store_state(STORE_FULL, 0)
+        assert not retain(region, queues, 1)
+        assert region.get("kept") == 0
+
+
+def test_a_queue_added_while_its_group_was_away_waits_for_it(tmp_path: Path) -> None:
+    with filled(tmp_path) as (region, queues):
+        consume(region, 1, 0, MESSAGES)
+        assert not retain(region, queues, 1)
+        consume(region, 2, 0, MESSAGES)
+        consume(region, 2, 1, MESSAGES)
+        assert not retain(region, queues, 1), "the other group has consumed it, this one has not"
+        consume(region, 1, 1, 3)
+        assert retain(region, queues, 1)
+        assert region.get("kept") == 3 * SEGMENT
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_every_group_has_consumed_is_given_up(tmp_path: Path, full: bool) -> None:
+    with filled(tmp_path) as (region, queues):
+        if full:
+            region.publish_store_state(STORE_FULL, 0)
+        for queue_id in range(2):
+            consume(region, 1, queue_id, 5)
+            consume(region, 2, queue_id, 6)
+        assert retain(region, queues, 0 if full else 1)
+        assert region.get("kept") == 5 * SEGMENT
+        assert [queue["first_offset"] for queue in region.topics()[0]["queues"]] == [5, 5]
+
+
+def test_without_retention_bytes_everything_stays_until_the_disk_is_full(tmp_path: Path) -> None:
+    with filled(tmp_path) as (region, queues):
+        for queue_id in range(2):
+            consume(region, 1, queue_id, MESSAGES)
+        assert not retain(region, queues, 0)
+        assert retain(region, queues, 2 * SEGMENT)
+        assert region.get("kept") == 6 * SEGMENT
