@@ -43,6 +43,7 @@ class Rule(NamedTuple):
     low: float
     high: float
     choices: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()  # values with a meaning that this version has no code for
     power_of_two: bool = False
     multiple_of: int = 1
 
@@ -101,10 +102,10 @@ class RuntimeConfig:
         "ASYNC_FLUSH", "SYNC_FLUSH: SEND_OK means the message is on the disk", choices=("ASYNC_FLUSH", "SYNC_FLUSH")
     )
     broker_role: str = _key(
-        "ASYNC_MASTER", "SYNC_MASTER: SEND_OK means that a slave has it too", choices=("ASYNC_MASTER", "SYNC_MASTER")
+        "ASYNC_MASTER", "SEND_OK asks for no slave", choices=("ASYNC_MASTER",), later=("SYNC_MASTER",)
     )
     sync_flush_timeout_ms: int = _key(5000, "a send waits so long for the disk, then FLUSH_DISK_TIMEOUT", 1, 3_600_000)
-    slave_timeout_ms: int = _key(3000, "a send waits so long for a slave, then FLUSH_SLAVE_TIMEOUT", 1, 3_600_000)
+    slave_timeout_ms: int = _key(3000, "without effect until there is replication: how long a send waits for a slave", 1, 3_600_000)
     send_timeout_ms: int = _key(
         3000, "a send waits so long for the lock and for room in the ring, then BrokerBusy", 1, 3_600_000
     )
@@ -113,9 +114,9 @@ class RuntimeConfig:
     default_topic_queues: int = _key(4, "queues of a topic created without a number", 1, 1024)
     visible_after: str = _key(
         "auto",
-        "what consumers may see: appended, flushed or replicated messages; auto follows "
-        "flush_disk_type and broker_role",
-        choices=("auto", "append", "flush", "replicate"),
+        "what consumers may see: appended or flushed messages; auto follows flush_disk_type",
+        choices=("auto", "append", "flush"),
+        later=("replicate",),
     )
     flush_interval_ms: int = _key(500, "ASYNC_FLUSH: the disk is at most so far behind", 1, 3_600_000)
     flush_least_bytes: int = _key(16 * KIB, "ASYNC_FLUSH: less than this waits for the interval", 0, 16 * GIB)
@@ -196,11 +197,9 @@ class Config:
 
     @property
     def visible_after(self) -> str:
-        """``append``, ``flush`` or ``replicate``. ``auto``: consumers see what is as durable as SEND_OK says."""
+        """``append`` or ``flush``. ``auto``: consumers see what is as durable as SEND_OK says."""
         if self.runtime.visible_after != "auto":
             return self.runtime.visible_after
-        if self.runtime.broker_role == "SYNC_MASTER":
-            return "replicate"
         return "flush" if self.sync_flush else "append"
 
     def native_limits(self) -> dict[str, int]:
@@ -362,6 +361,10 @@ def _wanted(key: str) -> str:
 def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
     for item in fields(config):
         value = getattr(config, item.name)
+        if value in item.metadata["rule"].later:
+            raise ConfigError(
+                f"{item.name} = {value!r}: replication comes with a later version; here it {_wanted(item.name)}"
+            )
         if not _acceptable(value, _type_of(item.name), item.metadata["rule"]):
             raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}")
 

@@ -45,7 +45,7 @@ from shmbroker.store.segment_pool import SegmentPool
 
 log = logging.getLogger("shmbroker.supervisor")
 
-VISIBLE: Final = {"append": 0, "flush": 1, "replicate": 2}  # enum sb_visible
+VISIBLE: Final = {"append": 0, "flush": 1}  # enum sb_visible
 WORKERS: Final = ("flusher", "dispatcher", "janitor")  # in the order in which they are needed
 EPOCH_TIMEOUT_NS: Final = 10_000_000_000
 ORPHAN_TIMEOUT: Final = 10.0

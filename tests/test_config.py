@@ -127,12 +127,19 @@ def test_a_configuration_survives_its_way_through_the_descriptor() -> None:
     [
         ({}, "append"),
         ({"flush_disk_type": "SYNC_FLUSH"}, "flush"),
-        ({"flush_disk_type": "SYNC_FLUSH", "broker_role": "SYNC_MASTER"}, "replicate"),
         ({"flush_disk_type": "SYNC_FLUSH", "visible_after": "append"}, "append"),
     ],
 )
 def test_consumers_see_what_is_as_durable_as_send_ok_says(settings: dict[str, object], visible: str) -> None:
     assert Config.of(settings).visible_after == visible
+
+
+@pytest.mark.parametrize(
+    "settings", [{"broker_role": "SYNC_MASTER"}, {"brokerRole": "SYNC_MASTER"}, {"visible_after": "replicate"}]
+)
+def test_what_needs_a_slave_is_refused_until_there_is_replication(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="replication comes with a later version"):
+        load(arguments=settings, environment={})
 
 
 def test_the_defaults_fit_into_48_mib_of_memory() -> None:
