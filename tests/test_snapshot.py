@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference_ring import Draft, Shape
+from support.native_ring import NativeRing
 from support.processes import Child
+from support.regions import LIMITS
 from support.regions import memory as bare_memory
 from support.running import QUICK, log_records, lose_memory, running, wait_word
 from support.waiting import wait_until
 
 import shmbroker
 from shmbroker import Message, memory
-from shmbroker._native._core import Record, Region, decode_record, encode_record
+from shmbroker._native._core import Record, Region, decode_record, encode_record, failpoint_arm
+from shmbroker.delivery.progress import Progress, Run, RunKind
 from shmbroker.delivery.restore import Restoration
 from shmbroker.delivery.snapshot import Snapshot
 from shmbroker.errors import CorruptLog
@@ -171,6 +177,39 @@ def test_a_written_snapshot_restores_the_same_memory(tmp_path: Path) -> None:
         assert [(group["name"], group["group_id"]) for group in region.groups()] == [
             (group["name"], group["group_id"]) for group in groups
         ]
+
+
+def test_a_snapshot_does_not_count_the_message_of_a_sender_that_died_within_its_append() -> None:
+    """The queue's counter has moved, `tail` has not: whoever takes the lock next moves the counter back."""
+    with bare_memory() as region:
+        region.define_topic("test", 1, record=False)
+        snapshot = Snapshot(region, [(1, 0, 0)])
+        if (child := os.fork()) == 0:
+            failpoint_arm("append.effects", "kill", 1)
+            NativeRing(region, Shape(queues=1)).send(Draft(b"body"))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert region.topics()[0]["queues"][0]["next_offset"] == 1
+        snapshot.complete()
+        raw = region.read_raw(snapshot.begin)
+        assert raw is not None
+        raw = region.read_raw(snapshot.begin + decode_record(raw, snapshot.begin).padded)
+        assert raw is not None
+        assert TopicBody.parse(decode_record(raw).body).next_offsets == (0,)
+
+
+def test_claims_that_two_queues_held_at_different_times_need_not_fit_into_memory_together(tmp_path: Path) -> None:
+    room = LIMITS["overflow_claims"]
+    full = (Run(0, room, 1, RunKind.UNACKED),)
+    states = [
+        Progress(1, 1, 0, 0, 1000, full),  # this queue held as much as there is room for,
+        Progress(1, 1, 1, 0, 1000, full),  # then, after an acknowledgement of all that, the other one
+        Progress(1, 1, 0, 0, 1001),
+    ]
+    steps = [(RecordKind.PROGRESS, state.encode()) for state in states]
+    with restored(tmp_path, topic("orders", 1), (RecordKind.GROUP, GroupBody("g", 1).encode()), *steps) as region:
+        found = {table["queue_id"]: (table["base"], table["overflow"]) for table in region.progress()}
+    assert found == {0: (1001, []), 1: (1000, list(range(room)))}
 
 
 # ---- with a broker -----------------------------------------------------------------------------------------------

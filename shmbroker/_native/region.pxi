@@ -528,6 +528,7 @@ cdef class Region:
         cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
         cdef sb_topic *t
         cdef sb_queue *queue
+        cdef uint64_t next_offset
         result = []
         for i in range(r.limits.topics):
             t = sb_topic_at(r, i)
@@ -537,9 +538,11 @@ cdef class Region:
             queues = []
             for q in range(n):
                 queue = sb_queue_at(r, slots[q])
+                next_offset = sb_load(&queue.next_offset)
+                if offsets != NULL:  # counters only grow: a smaller one is that of a queue made here since
+                    next_offset = min(next_offset, offsets[slots[q]])
                 queues.append({
-                    "queue_id": q, "slot": slots[q],
-                    "next_offset": sb_load(&queue.next_offset) if offsets == NULL else offsets[slots[q]],
+                    "queue_id": q, "slot": slots[q], "next_offset": next_offset,
                     "first_offset": sb_load(&queue.first_offset), "index_first": sb_load(&queue.index_first),
                     "bytes": sb_load(&queue.bytes),
                 })

@@ -110,6 +110,11 @@ def decode_progress(body: bytes) -> Progress:
     return Progress(group_id, topic_id, queue_id, reset, base, runs)
 
 
+def age(body: bytes) -> tuple[int, int]:
+    """Of bodies about one queue, the newest has the largest. Nothing is checked."""
+    return int.from_bytes(body[12:16], "little"), int.from_bytes(body[16:24], "little")
+
+
 def _check_runs(base: int, runs: tuple[Run, ...]) -> None:
     behind = 0
     for run in runs:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from shmbroker._native._core import Region, scan
+from shmbroker.delivery.progress import age
 from shmbroker.delivery.retention import raise_first_offsets
 from shmbroker.errors import CorruptLog, GroupNotExist, QueueNotExist, TopicNotExist
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
@@ -86,7 +87,9 @@ class Restoration:
             region.define_group(group.name, group.group_id, record=False)
         for word, value in self._next_ids.items():
             region.raise_to(word, value)
-        for body in self._progress:
+        # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what
+        # one queue held at one time and another at another would have to fit into the overflow table together.
+        for body in sorted(reversed(self._progress), key=age, reverse=True):
             try:
                 region.restore_progress(body)
             except (GroupNotExist, TopicNotExist, QueueNotExist):

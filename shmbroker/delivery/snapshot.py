@@ -54,7 +54,7 @@ class Snapshot:
 
     def complete(self) -> int:
         """Append everything, then END; returns the position from which on the snapshot is whole once flushed."""
-        append_bounded(self._region, RecordKind.TOPIC, map(_topic_body, self._region.topics()))
+        append_bounded(self._region, RecordKind.TOPIC, map(_topic_body, self._region.topics(exact=True)))
         append_bounded(self._region, RecordKind.GROUP, map(_group_body, self._region.groups()))
         append_progress(self._region, only_changed=False)
         return append_bounded(self._region, RecordKind.SNAPSHOT_END, [self._frame])
@@ -62,7 +62,7 @@ class Snapshot:
 
 def _topic_body(topic: dict[str, Any]) -> bytes:
     queues = topic["queues"]
-    # The two were not read at one moment, and retention may have moved `first` in between.
+    # Next offsets are of one moment; retention may have moved `first` since.
     next_offsets = tuple(queue["next_offset"] for queue in queues)
     first_offsets = tuple(min(queue["first_offset"], queue["next_offset"]) for queue in queues)
     ids = topic["name"], topic["topic_id"]
