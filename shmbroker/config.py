@@ -105,7 +105,9 @@ class RuntimeConfig:
         "ASYNC_MASTER", "SEND_OK asks for no slave", choices=("ASYNC_MASTER",), later=("SYNC_MASTER",)
     )
     sync_flush_timeout_ms: int = _key(5000, "a send waits so long for the disk, then FLUSH_DISK_TIMEOUT", 1, 3_600_000)
-    slave_timeout_ms: int = _key(3000, "without effect until there is replication: how long a send waits for a slave", 1, 3_600_000)
+    slave_timeout_ms: int = _key(
+        3000, "without effect until there is replication: how long a send waits for a slave", 1, 3_600_000
+    )
     send_timeout_ms: int = _key(
         3000, "a send waits so long for the lock and for room in the ring, then BrokerBusy", 1, 3_600_000
     )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.regions import memory
+from support.running import receive_all, running
+from support.waiting import wait_until
 
+import shmbroker
+from shmbroker import Message
 from shmbroker._native._core import Region
 from shmbroker.delivery.progress import Progress
 from shmbroker.delivery.retention import STORE_FULL, retain
@@ -83,3 +90,60 @@ def test_without_retention_bytes_everything_stays_until_the_disk_is_full(tmp_pat
         assert not retain(region, queues, 0)
         assert retain(region, queues, 2 * SEGMENT)
         assert region.get("kept") == 6 * SEGMENT
+
+
+# ---- with a broker -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_a_group_has_not_consumed_is_deleted(directory: Path) -> None:
+    settings: dict[str, Any] = {"retention_bytes": 1, "snapshot_interval_bytes": 64 << 10, "flush_interval": 0.01}
+    with running(directory, **settings) as broker, broker.producer("p") as producer:
+        with broker.simple_consumer("billing", {"orders": "*"}) as consumer:
+            unconsumed = set()
+            for number in range(4000):
+                unconsumed.add(producer.send(Message("orders", b"%d " % number + bytes(1000))).position)
+            wait_until(lambda: broker.region.get("snapshot") > 2 * SEGMENT, "a snapshot behind the first segments")
+            while min(unconsumed) < 2 * SEGMENT:
+                received = consumer.receive(max_messages=32, wait=5.0)
+                consumer.ack(received)
+                unconsumed -= {message.position for message in received}
+        wait_until(lambda: broker.region.get("kept"), "consumed segments given up")
+        wait_until(lambda: broker.region.get("kept") > min(unconsumed) - SEGMENT, "all of them")
+        assert broker.region.get("kept") <= min(unconsumed)
+        assert len(receive_all(broker, len(unconsumed))) == len(unconsumed)
+        wait_until(lambda: broker.region.get("kept") > min(unconsumed), "the others, once they are consumed")
+
+
+def test_a_full_disk_frees_itself_as_messages_are_consumed(tmp_path: Path) -> None:
+    """R16, with no operator and with the default retention, which keeps everything until then."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        settings: dict[str, Any] = {"send_timeout": 0.5, "flush_interval": 0.01, "snapshot_interval_bytes": 256 << 10}
+        with running(disk / "b", **settings) as broker, broker.producer("p") as producer:
+            sent = 0
+
+            def send(until: int) -> bool:
+                nonlocal sent
+                try:
+                    while sent < until:
+                        producer.send(Message("orders", b"%d " % sent + bytes(5000)))
+                        sent += 1
+                except (shmbroker.StoreFull, shmbroker.BrokerBusy) as refusal:
+                    return isinstance(refusal, shmbroker.BrokerBusy)
+                return True
+
+            with broker.simple_consumer("billing", {"orders": "*"}):
+                pass  # the group exists, and has consumed nothing
+            wait_until(lambda: not send(1 << 30), "the disk full")
+            filled = sent
+            assert filled * 5000 > 8 << 20
+            assert broker.region.get("kept") == 0
+            assert sorted(receive_all(broker, filled)) == list(range(filled))
+            wait_until(lambda: send(filled + 1000) and sent == filled + 1000, "sends accepted again", deadline=30.0)
+            assert sorted(receive_all(broker, 1000)) == list(range(filled, sent))
+            assert broker.region.get("store_errno") in (0, errno.ENOSPC)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

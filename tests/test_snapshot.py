@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +12,13 @@ from typing import Any
 import pytest
 from reference_ring import Draft, Shape
 from support.native_ring import NativeRing
-from support.processes import Child
+from support.processes import Child, processes_of, wait_for_workers
 from support.regions import LIMITS
 from support.regions import memory as bare_memory
-from support.running import QUICK, log_records, lose_memory, running, wait_word
+from support.running import QUICK, log_records, lose_memory, receive_all, running, wait_word
+from support.store_builder import StoreBuilder
 from support.waiting import wait_until
 
-import shmbroker
 from shmbroker import Message, memory
 from shmbroker._native._core import Record, Region, decode_record, encode_record, failpoint_arm
 from shmbroker.delivery.progress import Progress, Run, RunKind
@@ -28,7 +26,7 @@ from shmbroker.delivery.restore import Restoration
 from shmbroker.delivery.snapshot import Snapshot
 from shmbroker.errors import CorruptLog
 from shmbroker.naming import BrokerPaths
-from shmbroker.record import GroupBody, RecordKind, SnapshotBody, TopicBody
+from shmbroker.record import GroupBody, RecordFlag, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.segment import list_segments
@@ -212,6 +210,29 @@ def test_claims_that_two_queues_held_at_different_times_need_not_fit_into_memory
     assert found == {0: (1001, []), 1: (1000, list(range(room)))}
 
 
+def test_ids_of_messages_before_the_snapshot_are_known_again_as_far_as_the_log_is_sound(tmp_path: Path) -> None:
+    builder = StoreBuilder(tmp_path, segment_bytes=SEGMENT)
+    builder.begin_epoch()
+    flags = [RecordFlag.DEDUP if number % 2 else 0 for number in range(60)]
+    sent = [builder.message(bytes(100_000), flags=flag, incarnation=7, sequence=1 + n) for n, flag in enumerate(flags)]
+    builder.zero(2 * SEGMENT, 64)  # nobody replays this segment: it is no reason not to start
+    queues = ConsumeQueues(tmp_path / "queues", STORE, writable=True)
+    reader = LogReader(builder.log, SEGMENT, builder.place.store)
+    with bare_memory(ids=1024) as region:
+        for word in ("tail", "write_limit", "flushed", "dispatched"):
+            region.set(word, builder.position)
+        Restoration(queues, builder.position).apply(region, reader, 0)
+        ring = NativeRing(region, Shape(queues=1))
+        ring.remember(dict(zip(builder.places, builder.records, strict=True)))
+        for number in (1, 31, 58, 59):
+            again = ring.send_once(Draft(b"again"), (7, 1 + number))
+            assert (again.duplicate, again.positions) == (True, (sent[number],))
+        assert not ring.send_once(Draft(b"new"), (7, 1 + 25)).duplicate, "it lies in the damaged segment"
+        ring.close()
+    reader.close()
+    queues.close()
+
+
 # ---- with a broker -----------------------------------------------------------------------------------------------
 
 CLIENT = """
@@ -235,17 +256,6 @@ CLIENT = """
         region = broker.region
         print(region.get("tail"))
 """
-
-
-def receive_all(broker: shmbroker.Broker, count: int) -> list[int]:
-    """Numbers of the next ``count`` messages of the group, and a look whether there are more."""
-    numbers: list[int] = []
-    with broker.simple_consumer("billing", {"orders": "*"}) as consumer:
-        while len(numbers) < count and (received := consumer.receive(max_messages=32, wait=10.0)):
-            consumer.ack(received)
-            numbers += [int(message.body.split()[0]) for message in received]
-        numbers += [int(message.body.split()[0]) for message in consumer.receive(max_messages=32, wait=0.0)]
-    return numbers
 
 
 def wait_settled(directory: Path, tail: int, segments_at_most: int = 1 << 30) -> None:
@@ -318,55 +328,30 @@ def test_a_clean_stop_leaves_a_snapshot_and_nothing_to_replay_before_it(director
     assert kinds[begin:] == [RecordKind.SNAPSHOT_BEGIN, RecordKind.TOPIC, RecordKind.SNAPSHOT_END]
 
 
-def test_nothing_that_a_group_has_not_consumed_is_deleted(directory: Path) -> None:
-    settings: dict[str, Any] = {"retention_bytes": 1, "snapshot_interval_bytes": 64 << 10, "flush_interval": 0.01}
+@pytest.mark.parametrize("stopped_cleanly", [True, False])
+def test_a_dedup_key_is_known_after_a_restart(directory: Path, stopped_cleanly: bool) -> None:
+    settings: dict[str, Any] = {"flush_disk_type": "SYNC_FLUSH"}
+    source = """
+        import sys, shmbroker
+        from shmbroker import Message
+        broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
+        producer = broker.producer("p")
+        for number in range(60):
+            result = producer.send(Message("orders", bytes(100_000)), dedup_key=f"order-{number}")
+            print(result.message_id, result.position, flush=True)
+        sys.stdin.readline()
+        broker.close()
+    """
+    with Child(source, directory, QUICK | settings) as child:
+        sent = [child.read_line().split() for _ in range(60)]
+        assert int(sent[-1][1]) > 5 * SEGMENT
+        if stopped_cleanly:
+            wait_for_workers(directory)
+            child.write_line("")
+            wait_until(lambda: not processes_of(directory), "stopped")
+        else:
+            lose_memory(directory)
     with running(directory, **settings) as broker, broker.producer("p") as producer:
-        with broker.simple_consumer("billing", {"orders": "*"}) as consumer:
-            unconsumed = set()
-            for number in range(4000):
-                unconsumed.add(producer.send(Message("orders", b"%d " % number + bytes(1000))).position)
-            wait_until(lambda: broker.region.get("snapshot") > 2 * SEGMENT, "a snapshot behind the first segments")
-            while min(unconsumed) < 2 * SEGMENT:
-                received = consumer.receive(max_messages=32, wait=5.0)
-                consumer.ack(received)
-                unconsumed -= {message.position for message in received}
-        wait_until(lambda: broker.region.get("kept"), "consumed segments given up")
-        wait_until(lambda: broker.region.get("kept") > min(unconsumed) - SEGMENT, "all of them")
-        assert broker.region.get("kept") <= min(unconsumed)
-        assert len(receive_all(broker, len(unconsumed))) == len(unconsumed)
-        wait_until(lambda: broker.region.get("kept") > min(unconsumed), "the others, once they are consumed")
-
-
-def test_a_full_disk_frees_itself_as_messages_are_consumed(tmp_path: Path) -> None:
-    """R16, with no operator and with the default retention, which keeps everything until then."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        settings: dict[str, Any] = {"send_timeout": 0.5, "flush_interval": 0.01, "snapshot_interval_bytes": 256 << 10}
-        with running(disk / "b", **settings) as broker, broker.producer("p") as producer:
-            sent = 0
-
-            def send(until: int) -> bool:
-                nonlocal sent
-                try:
-                    while sent < until:
-                        producer.send(Message("orders", b"%d " % sent + bytes(5000)))
-                        sent += 1
-                except (shmbroker.StoreFull, shmbroker.BrokerBusy) as refusal:
-                    return isinstance(refusal, shmbroker.BrokerBusy)
-                return True
-
-            with broker.simple_consumer("billing", {"orders": "*"}):
-                pass  # the group exists, and has consumed nothing
-            wait_until(lambda: not send(1 << 30), "the disk full")
-            filled = sent
-            assert filled * 5000 > 8 << 20
-            assert broker.region.get("kept") == 0
-            assert sorted(receive_all(broker, filled)) == list(range(filled))
-            wait_until(lambda: send(filled + 1000) and sent == filled + 1000, "sends accepted again", deadline=30.0)
-            assert sorted(receive_all(broker, 1000)) == list(range(filled, sent))
-            assert broker.region.get("store_errno") in (0, errno.ENOSPC)
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+        for number in (0, 31, 59):  # far before the newest snapshot, and the last one
+            again = producer.send(Message("orders", b"again"), dedup_key=f"order-{number}")
+            assert (again.duplicate, again.message_id) == (True, sent[number][0])

@@ -34,6 +34,14 @@ def scan(
     are no record of epoch ``epoch`` or, introduced by an EPOCH record on the way, later). Steps over short segment ends.
     """
 
+def scan_ids(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[
+    list[tuple[int, int, int]], list[tuple[int, int, int]], int, int
+]:
+    """The ids of the messages that ``scan`` would meet, no CRC looked at: (incarnation, sequence, position) of each.
+
+    Returns (given by the producer, derived from a dedup key, position behind, last epoch).
+    """
+
 def skim(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[int, int, int, str]:
     """As ``scan``, but only checks: (position behind, number of records, last epoch, why)."""
 

@@ -357,7 +357,7 @@ cdef class _QueueReader:
         return SB_OK
 
     cdef int pass_deleted(self, sb_region *r, _Source source, uint64_t *offset, uint64_t first) except -100:
-        """Retention took messages, by the operator's order, before the group had them: counted and said."""
+        """The log no longer has messages that the group is not known to have had: counted and said."""
         cdef uint64_t start = offset[0], lost = 0
         cdef int code = SB_OK
         while offset[0] < first and code != SB_NO_SPACE:

@@ -89,6 +89,24 @@ def scan(data, position, epoch, segment_bytes, max_records=65536, check_crc=True
         PyBuffer_Release(&view)
 
 
+def scan_ids(data, position, epoch, segment_bytes):
+    cdef Py_buffer view
+    cdef sb_walk walk
+    cdef sb_record record
+    cdef list given = []
+    cdef list derived = []
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        walk = make_walk(&view, position, epoch, segment_bytes, False)
+        while sb_walk_next(&walk, &record) == SB_OK:
+            if record.kind == SB_KIND_MESSAGE:
+                (derived if record.flags & SB_FLAG_DEDUP else given).append(
+                    (record.incarnation, record.sequence, record.position))
+        return given, derived, walk.position, walk.epoch
+    finally:
+        PyBuffer_Release(&view)
+
+
 def skim(data, position, epoch, segment_bytes):
     cdef Py_buffer view
     cdef sb_walk walk

@@ -11,16 +11,19 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from shmbroker._native._core import Region, scan
+from shmbroker._native._core import Region, scan_ids
 from shmbroker.delivery.progress import age
 from shmbroker.delivery.retention import raise_first_offsets
-from shmbroker.errors import CorruptLog, GroupNotExist, QueueNotExist, TopicNotExist
+from shmbroker.errors import CorruptLog, GroupNotExist, PositionGone, QueueNotExist, TopicNotExist
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.consume_queue import ENTRY, ENTRY_BYTES, ConsumeQueues
+from shmbroker.store.consume_queue import ENTRY_BYTES, ConsumeQueues
 
 Run = tuple[int, int, int, bytes]
-_LAP_RECORDS: Final = 65_536
+Id = tuple[int, int, int]  # incarnation, sequence, position
+_IDS_MAX: Final = 1 << 24  # the largest id_window
+_ID_BYTES: Final = 64 << 20  # read at a start in some 0.1 s
+_SHARE_OF_OTHERS: Final = 4
 
 
 class Restoration:
@@ -37,8 +40,7 @@ class Restoration:
         self._next_ids: dict[str, int] = {}
         self._offsets: dict[tuple[int, int], tuple[int, int]] = {}
         self._progress: list[bytes] = []
-        self._dedup: deque[tuple[int, int, int]] = deque(maxlen=_LAP_RECORDS)
-        self._laps: deque[tuple[int, int]] = deque(maxlen=_LAP_RECORDS)  # (first position, messages) of each dispatch
+        self._dedup: deque[Id] = deque(maxlen=_IDS_MAX)
 
     def replay(self, record: Record) -> None:
         """Take a system record, or a message with a dedup id. Raises CorruptLog for a body that nobody wrote so."""
@@ -65,9 +67,6 @@ class Restoration:
             self._raise_offsets(topic_id, queue_id, offset + len(entries) // ENTRY_BYTES, 0)
             if position > self._dispatched and topic_id not in self._deleted_topics:
                 self._queues.write(topic_id, queue_id, offset, entries)
-        if runs:
-            first = min(ENTRY.unpack_from(entries)[0] for _, _, _, entries in runs)
-            self._laps.append((first, sum(len(entries) for _, _, _, entries in runs) // ENTRY_BYTES))
 
     def finish(self, end: int) -> None:
         """The log ends at ``end``: consume queues hold exactly what it has, durably.
@@ -89,7 +88,7 @@ class Restoration:
             region.raise_to(word, value)
         # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what
         # one queue held at one time and another at another would have to fit into the overflow table together.
-        for body in sorted(reversed(self._progress), key=age, reverse=True):
+        for body in sorted(self._progress, key=age)[::-1]:
             try:
                 region.restore_progress(body)
             except (GroupNotExist, TopicNotExist, QueueNotExist):
@@ -100,7 +99,7 @@ class Restoration:
             if topic_id in self._topics:
                 region.restore_queue(topic_id, queue_id, next_offset, first_offset)
         raise_first_offsets(region, self._queues, kept)
-        self._remember_ids(region, log)
+        self._remember_ids(region, log, kept)
 
     def _topic(self, body: TopicBody) -> None:
         if body.deleted:
@@ -123,28 +122,40 @@ class Restoration:
         have = self._offsets.get((topic_id, queue_id), (0, 0))
         self._offsets[topic_id, queue_id] = max(have[0], next_offset), max(have[1], first_offset)
 
-    def _remember_ids(self, region: Region, log: LogReader) -> None:
-        """The last ids go into the window against second copies (R17): as many messages as it has room for."""
-        for identity in self._dedup:
-            region.remember_id(*identity)
-        wanted, start = region.limits["ids"], region.get("tail")
-        for first, messages in reversed(self._laps):
-            if wanted <= 0:
-                break
-            wanted, start = wanted - messages, first
+    def _remember_ids(self, region: Region, log: LogReader, kept: int) -> None:
+        """The last ids go into the window against second copies (R17), whether the broker was stopped or killed.
+
+        Snapshots do not hold them: they are read from the log's last ``_ID_BYTES``, which begin before the snapshot.
+        Those of dedup keys have the window to themselves but for a share: a resend of another message comes soon.
+        """
+        room, size, tail = region.limits["ids"], region.segment_bytes, region.get("tail")
+        given: deque[Id] = deque(maxlen=room // _SHARE_OF_OTHERS)
+        derived: deque[Id] = deque(maxlen=room)
         epoch = 0
 
-        def remember(data: memoryview, position: int) -> int:
+        def take(data: memoryview, position: int) -> int:
             nonlocal epoch
-            epoch = epoch or log.read(position).epoch
-            records, behind, _ = scan(data, position, epoch, region.segment_bytes, check_crc=False)
-            for record in records:
-                epoch = record.epoch
-                if record.kind == RecordKind.MESSAGE:
-                    region.remember_id(record.incarnation, record.sequence, record.position)
+            try:
+                epoch = epoch or log.read(position).epoch
+            except (CorruptLog, PositionGone):
+                return position
+            others, keyed, behind, epoch = scan_ids(data, position, epoch, size)
+            given.extend(others)
+            derived.extend(keyed)
             return behind
 
-        log.feed(start, region.get("tail"), remember)
+        position = max(kept, tail - _ID_BYTES)
+        position -= position % size
+        while position < tail:  # one turn, but for damage: nothing was replayed from there, so it is no reason to stop
+            position = log.feed(position, tail, take)
+            position, epoch = position - position % size + size, 0
+        known = {*self._dedup, *derived}  # the replay may have begun further back
+        for identity in (*given, *sorted(known, key=_position_of)[-room:]):
+            region.remember_id(*identity)
+
+
+def _position_of(identity: Id) -> int:
+    return identity[2]
 
 
 def _first_untouched(table: dict[str, Any]) -> int:

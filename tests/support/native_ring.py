@@ -43,6 +43,10 @@ class NativeRing:
         self._log: dict[int, bytes] = {}
         self._producer.log = self._log
 
+    def remember(self, log: dict[int, bytes]) -> None:
+        """What was in the log before: records by position."""
+        self._log.update(log)
+
     def close(self) -> None:
         self._producer.client.close()
 

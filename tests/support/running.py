@@ -67,6 +67,17 @@ def wait_word(broker: shmbroker.Broker, word: str, at_least: int) -> None:
     wait_until(lambda: broker.region.get(word) >= at_least, f"{word} >= {at_least}")
 
 
+def receive_all(broker: shmbroker.Broker, count: int) -> list[int]:
+    """Numbers of the next ``count`` messages of the group, and a look whether there are more."""
+    numbers: list[int] = []
+    with broker.simple_consumer("billing", {"orders": "*"}) as consumer:
+        while len(numbers) < count and (received := consumer.receive(max_messages=32, wait=10.0)):
+            consumer.ack(received)
+            numbers += [int(message.body.split()[0]) for message in received]
+        numbers += [int(message.body.split()[0]) for message in consumer.receive(max_messages=32, wait=0.0)]
+    return numbers
+
+
 def lose_memory(directory: Path) -> None:
     """Kill everything that serves the directory, and take away its memory: only what is in files is left."""
     kill_all(directory)
