@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from shmbroker.naming import BrokerPaths
 
 OPEN_TIMEOUT: Final = 60.0  # seconds: a predecessor may have to flush and stop, a long log to be scanned
 _POLL_SECONDS: Final = 0.002
+_RETRY_SECONDS: Final = 2.0  # between two tries to start a supervisor that cannot be started for now
 _STAGGER_SECONDS: Final = 0.2  # about what a supervisor needs to take the lock
 
 log = logging.getLogger("shmbroker")
@@ -45,11 +47,24 @@ class Attachment:
         self.pid = os.getpid()
         self.embedded = bool(region.get("embedded"))
         self.supervisor = supervisor  # closed by keep_supervised
+        self.superseded = False
         self.left = os.eventfd(0, os.EFD_CLOEXEC)  # readable once this process has left; closed by keep_supervised
 
     def is_gone(self) -> bool:
-        """True in a forked child, and when the broker has stopped."""
-        return self.pid != os.getpid() or self.region.closed or self.region.get("state") == memory.STATE_STOPPED
+        """True in a forked child, and when the broker has stopped or works on other memory by now."""
+        if self.pid != os.getpid() or self.region.closed or self.superseded:
+            return True
+        return bool(self.region.get("state") == memory.STATE_STOPPED)
+
+    def is_current(self, paths: BrokerPaths) -> bool:
+        """False once the directory's descriptor names other memory, or none: nobody will serve this one again."""
+        descriptor = read_descriptor(paths)
+        return descriptor is not None and descriptor.instance == self.descriptor.instance
+
+    def supersede(self) -> None:
+        """Nobody serves this memory any more: refuse to send into it. Never STOPPED, which says that it is flushed."""
+        self.superseded = True
+        self.region.set("state", memory.STATE_DRAINING)
 
     def is_in_place(self, paths: BrokerPaths) -> bool:
         """False once the broker's directory was removed or moved: what may lie at its path is not this broker's."""
@@ -90,6 +105,23 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
             )
         else:
             time.sleep(_POLL_SECONDS)  # STARTING or DRAINING: of another process's making, so nothing to wait on
+
+
+def await_service(paths: BrokerPaths, attached: Attachment, timeout: float, *, may_start: bool) -> bool:
+    """While the broker is DRAINING, wait: True once it serves the same memory again, False if that is given up.
+
+    Raises NotReady after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while (state := attached.region.get("state")) == memory.STATE_DRAINING:
+        if not attached.is_in_place(paths) or not attached.is_current(paths):
+            return False
+        if time.monotonic() > deadline:
+            raise NotReady(f"the broker of {paths.directory} is stopping, and no other was there within {timeout:g} s")
+        if may_start and process.lock_holder(paths.lock) == 0:  # its supervisor was killed on the way
+            start_supervisor(paths, Config.of(attached.descriptor.settings), deadline)
+        time.sleep(_POLL_SECONDS)
+    return bool(state == memory.STATE_RUNNING)
 
 
 def _is_abandoned(paths: BrokerPaths) -> bool:
@@ -144,44 +176,56 @@ def keep_supervised(paths: BrokerPaths, attached: Attachment) -> None:
     while supervisor is not None:
         left = _has_left(attached, supervisor)
         os.close(supervisor)
-        supervisor = None if left or not attached.embedded else _replace_supervisor(paths, attached)
+        supervisor = None if left or not attached.embedded else _find_successor(paths, attached)
     _has_left(attached, None)
     os.close(attached.left)
 
 
-def _has_left(attached: Attachment, supervisor: int | None) -> bool:
-    """Wait until this process leaves the broker (True) or the supervisor dies."""
+def _has_left(attached: Attachment, supervisor: int | None, timeout: float | None = None) -> bool:
+    """Wait until this process leaves the broker (True), the supervisor dies, or ``timeout`` seconds have passed."""
     poll = select.poll()
     poll.register(attached.left, select.POLLIN)
     if supervisor is not None:
         poll.register(supervisor, select.POLLIN)
-    return attached.left in {fd for fd, _ in poll.poll()}
+    return attached.left in {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
+
+
+def _find_successor(paths: BrokerPaths, attached: Attachment) -> int | None:
+    """A pidfd of the successor; None if the broker has stopped, or its memory has been given up.
+
+    What hinders it may pass (no descriptors, no room, no processes): tried again until this process leaves. Meanwhile
+    sends go on into the memory, which every later start takes over, until the ring is full.
+    """
+    complained = ""
+    while True:
+        try:
+            return _replace_supervisor(paths, attached)
+        except BrokerClosed:  # this process has left meanwhile
+            return None
+        except (ShmBrokerError, OSError) as error:
+            if str(error) != complained:
+                complained = str(error)
+                log.warning("the broker of %s cannot be restarted, trying again: %s", paths.directory, error)
+        if _has_left(attached, None, _RETRY_SECONDS):
+            return None
 
 
 def _replace_supervisor(paths: BrokerPaths, attached: Attachment) -> int | None:
-    """A pidfd of the successor; None if the broker has stopped, or its memory has been given up."""
     region = attached.region
-    try:
-        if region.get("state") == memory.STATE_STOPPED or not attached.is_in_place(paths):
-            return None
+    if region.get("state") == memory.STATE_STOPPED or not attached.is_in_place(paths):
+        return None
+    if attached.is_current(paths):
         rank = sum(other["slot"] < attached.client.slot for other in region.clients())
         successor = _succeed(paths, Config.of(attached.descriptor.settings), rank)
-        descriptor = read_descriptor(paths)
-        if successor is not None and descriptor is not None and descriptor.instance == attached.descriptor.instance:
+        if attached.is_current(paths):
             return successor
-        if successor is not None:
-            os.close(successor)  # it serves other memory than ours
-        region.set("state", memory.STATE_STOPPED)  # nobody serves this memory any more: refuse to send into it
-    except BrokerClosed:
-        pass  # this process has left meanwhile
-    except ShmBrokerError as error:
-        log.warning("the broker of %s cannot be restarted: %s", paths.directory, error)
-        region.set("state", memory.STATE_STOPPED)
+        os.close(successor)
+    attached.supersede()
     return None
 
 
-def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
-    """A pidfd of the next supervisor, started by us if nobody of a lower rank does; None if none comes to life."""
+def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int:
+    """A pidfd of the next supervisor, started by us if nobody of a lower rank does. Raises NotReady."""
     deadline = time.monotonic() + OPEN_TIMEOUT
     may_start_at = time.monotonic() + rank * _STAGGER_SECONDS
     may_start = is_owner(paths)  # who shares a directory waits for its owner's processes to do it
@@ -194,7 +238,7 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int | None:
         if may_start and process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
             start_supervisor(paths, settings, deadline, armed=False)
         time.sleep(_POLL_SECONDS)
-    return None
+    raise NotReady(f"no supervisor came to life within {OPEN_TIMEOUT:g} s: see {paths.run}/*.log")
 
 
 def is_owner(paths: BrokerPaths) -> bool:
@@ -220,7 +264,7 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         os.close(write_fd)
         write_fd = -1
         assert child.stdin is not None
-        with child.stdin:
+        with suppress(BrokenPipeError), child.stdin:  # if it died at once, its report says why
             child.stdin.write(json.dumps(config.chosen_settings()).encode())
         outcome = _read_report(read_fd, deadline)
         child.wait()  # it has forked the supervisor and left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
-from shmbroker.attachment import OPEN_TIMEOUT, Attachment, connect, is_owner, keep_supervised
+from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
 from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, TopicNotExist
 from shmbroker.naming import BrokerPaths, check_group, check_topic
@@ -96,15 +97,24 @@ class Broker:
                 attached.close()
                 if not attached.is_in_place(self._paths):
                     raise BrokerClosed(f"{self.directory} was removed or moved while it was open: open it anew")
-                timeout = self.config.runtime.send_timeout_ms / 1000
-                # Who serves a broker that is not embedded starts it again, too; so does the owner one that is shared.
-                may_start = attached.embedded and is_owner(self._paths)
-                attached = connect(self._paths, self.config, timeout, may_start=may_start)
-                self._attached = attached
-                self.config = Config.of(attached.descriptor.settings)
-                self._close_files()
-                self._watch()
-            return attached.client
+                self._connect(self.config.runtime.send_timeout_ms / 1000)
+            return self._attached.client
+
+    def attach_serving(self, timeout: float) -> Client:
+        """As ``attach``, but to a broker that accepts sends: waits, at most ``timeout`` seconds, while one is stopping.
+
+        The client is the same if the broker goes on with the same memory.
+        """
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            attached = self._attached
+            if not self._closed and not attached.is_gone():
+                if await_service(self._paths, attached, timeout, may_start=self._may_start(attached)):
+                    return attached.client
+                if attached.is_in_place(self._paths):
+                    attached.close()
+                    self._connect(max(0.0, deadline - time.monotonic()))
+            return self.attach()
 
     # ---- what applications use
 
@@ -207,6 +217,16 @@ class Broker:
         self.close()
 
     # ---- inside
+
+    def _connect(self, timeout: float) -> None:
+        self._attached = connect(self._paths, self.config, timeout, may_start=self._may_start(self._attached))
+        self.config = Config.of(self._attached.descriptor.settings)
+        self._close_files()
+        self._watch()
+
+    def _may_start(self, attached: Attachment) -> bool:
+        """Who serves a broker that is not embedded starts it again, too; so does the owner one that is shared."""
+        return attached.embedded and is_owner(self._paths)
 
     def _adopt(self, child: Child) -> Child:
         self._children.add(child)

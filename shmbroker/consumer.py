@@ -17,7 +17,6 @@ from shmbroker.config import Config
 from shmbroker.errors import (
     AckNotDurable,
     BadRequest,
-    BrokerClosed,
     PositionGone,
     ShmBrokerError,
     SubscriptionConflict,
@@ -41,6 +40,9 @@ class ConsumerHome(Protocol):
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
+
+    def attach_serving(self, timeout: float) -> Client:
+        """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
 
     def read_log(self, position: int) -> bytes:
         """The record at ``position`` from the log's files."""
@@ -116,9 +118,8 @@ class SimpleConsumer(ConsumerCore):
     # ---- called by the native core for what is not the common case
 
     def _reattach(self) -> None:
-        if self._home.attach() is self.client:
-            raise BrokerClosed("the broker is stopping")
-        self._subscribe()
+        if self._home.attach_serving(self._home.config.runtime.send_timeout_ms / 1000) is not self.client:
+            self._subscribe()
 
     def _write_acks(self, bodies: list[bytes]) -> None:
         """The order, and what a crash at each edge leaves (the memory counts, as long as it is there):

@@ -7,7 +7,7 @@
 What each crash leaves, and what the next ``open_memory`` does about it:
 
     descriptor, objects missing or unformatted   remove, recover from the log
-    STARTING     nobody has appended yet         remove, recover from the log
+    STARTING     nobody but us has appended      remove, recover from the log; if all is not flushed, go on with it
     RUNNING      appended, perhaps not flushed   go on with it: the flusher writes what its predecessor had not synced
     DRAINING     the same, senders refused       the same
     STOPPED      everything flushed              remove, recover from the log; if not, go on with it
@@ -95,9 +95,8 @@ def _take_over(paths: BrokerPaths, descriptor: Descriptor, config: Config) -> Op
     if attached is None:
         return None
     region, _ = attached
-    state, unflushed = region.get("state"), region.get("tail") > region.get("flushed")
-    given_up = state == memory.STATE_STOPPED and unflushed  # by clients for whom no new supervisor came to life
-    if state not in (memory.STATE_RUNNING, memory.STATE_DRAINING) and not given_up:
+    unflushed = region.get("tail") != region.get("flushed")  # then it is kept, whatever its state says
+    if region.get("state") not in (memory.STATE_RUNNING, memory.STATE_DRAINING) and not unflushed:
         region.close()
         return None
     kept = {key: value for key, value in descriptor.settings.items() if key in LAYOUT_RULES}

@@ -51,6 +51,9 @@ class ProducerHome(Protocol):
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
 
+    def attach_serving(self, timeout: float) -> Client:
+        """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
+
     def read_log(self, position: int) -> bytes:
         """The record at ``position`` from the log's files."""
 
@@ -126,7 +129,7 @@ class Producer(ProducerCore):
         for tries_left in range(runtime.retry_times_when_send_failed, 0, -1):
             if self._closed:
                 break
-            self._rebind(self._home.attach())
+            self._rebind(self._home.attach_serving(max(0.0, deadline - time.monotonic())))
             try:
                 return send(max(0.0, deadline - time.monotonic()))
             except BrokerClosed:

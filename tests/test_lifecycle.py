@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from support import served
 from support.processes import (
     SMALL,
     Child,
@@ -135,6 +140,117 @@ def test_a_killed_supervisor_is_replaced_and_the_memory_stays(broker: Broker, di
     assert read_descriptor(BrokerPaths(directory)) == descriptor
     assert body_at(broker, position) == b"before"
     assert body_at(broker, send(broker, b"after")) == b"after"
+
+
+@pytest.mark.crash
+def test_what_was_sent_while_no_supervisor_can_start_is_kept_for_the_one_that_can(directory: Path) -> None:
+    obstacle = BrokerPaths(directory).descriptor.with_suffix(".tmp")  # as a full disk: the descriptor cannot be written
+    with Child(SENDER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        workers = wait_for_workers(directory)
+        attached = memory.attach(BrokerPaths(directory))
+        assert attached is not None
+        obstacle.mkdir()
+        os.kill(workers["flusher"], signal.SIGSTOP)
+        os.kill(workers["supervisor"], signal.SIGKILL)
+        os.kill(workers["flusher"], signal.SIGKILL)
+        wait_until(
+            lambda: "cannot serve" in BrokerPaths(directory).worker_log("supervisor").read_text(), "a failed start"
+        )
+        child.write_line("while nobody serves")
+        status, position = child.read_line().split()
+        assert status == "SEND_OK"
+        assert attached[0].get("flushed") <= int(position)
+        os.kill(child.pid, signal.SIGSTOP)
+        kill_all(directory)
+    obstacle.rmdir()
+    with open_small(directory) as broker:
+        assert body_at(broker, int(position)) == b"while nobody serves"
+
+
+@pytest.mark.crash
+def test_a_client_that_cannot_start_a_supervisor_for_now_does_so_later(
+    broker: Broker, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = wait_for_workers(directory)
+    position = send(broker, b"before")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        os.kill(before["supervisor"], signal.SIGKILL)
+        wait_until(lambda: "cannot be restarted, trying again: " in caplog.text, "a failed try")
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    wait_until(
+        lambda: workers_of(directory).get("supervisor", before["supervisor"]) != before["supervisor"], "a successor"
+    )
+    assert body_at(broker, position) == b"before"
+    assert body_at(broker, send(broker, b"after")) == b"after"
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("failpoint", ["supervisor.draining=stop", "supervisor.draining=kill"])
+def test_clients_of_a_served_broker_wait_out_its_restart(directory: Path, failpoint: str) -> None:
+    """It stops and is started anew, or is killed while it stops: its successor goes on with the same memory then."""
+    bodies: list[bytes] = []
+    received: set[bytes] = set()
+    failures: list[Exception] = []
+    done = threading.Event()
+
+    def keep(work: Callable[[], None]) -> None:
+        while not done.is_set():
+            try:
+                work()
+            except Exception as error:
+                failures.append(error)
+                return
+
+    def send_one() -> None:
+        body = b"%d" % len(bodies)
+        producer.send(Message("orders", body), timeout=15.0)
+        bodies.append(body)
+
+    def receive_some() -> None:
+        messages = consumer.receive(32, wait=0.1)
+        received.update(message.body for message in messages)
+        with suppress(shmbroker.BrokerClosed):  # not recorded: they come again
+            consumer.ack(messages)
+
+    directory.mkdir(exist_ok=True)
+    (directory / "broker.toml").write_text(served.SETTINGS + "send_timeout_ms = 15000\n")
+    first = served.start(directory, "serve", failpoints=failpoint)
+    wait_until(lambda: served.runs(directory), "the broker runs")
+    wait_for_workers(directory)
+    with shmbroker.open(directory) as broker:
+        producer, consumer = broker.producer("p"), broker.simple_consumer("g", {"orders": "*"})
+        threads = [threading.Thread(target=keep, args=(work,)) for work in (send_one, receive_some)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(received) > 10, "some messages received")
+        first.terminate()
+        if failpoint.endswith("stop"):
+            wait_until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, "the broker draining")
+            first.send_signal(signal.SIGCONT)
+        assert first.wait(20) == (-signal.SIGKILL if failpoint.endswith("kill") else 0)
+        second = served.start(directory, "serve")
+        sent = len(bodies)
+        wait_until(lambda: failures or len(bodies) > sent + 10, "sends go on")
+        done.set()
+        for thread in threads:
+            thread.join(20)
+        while messages := consumer.receive(32, wait=1.0):
+            received.update(message.body for message in messages)
+            consumer.ack(messages)
+    second.terminate()
+    assert second.wait(20) == 0
+    assert failures == []
+    assert received == set(bodies)
 
 
 @pytest.mark.crash

@@ -24,11 +24,12 @@ default_topic_queues = 2
 
 
 def start(
-    directory: Path, *arguments: str, stdout: int | None = None, stderr: int | None = None
+    directory: Path, *arguments: str, stdout: int | None = None, stderr: int | None = None, failpoints: str = ""
 ) -> subprocess.Popen[bytes]:
     """A command that stays; the caller ends it."""
     command = [*COMMAND, "-d", str(directory), *arguments]
-    return subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr)
+    armed = {"SHMBROKER_FAILPOINTS": failpoints} if failpoints else {}
+    return subprocess.Popen(command, env=environment() | armed, stdout=stdout, stderr=stderr)
 
 
 @contextmanager
