@@ -160,8 +160,8 @@ class SimpleConsumer(ConsumerCore):
 
     def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None:
         logger.error(
-            "group %s: %d messages of %s[%d], from offset %d on, are not in the log any more, and no acknowledgement of "
-            "them is known: lost, or, after a power cut, consumed shortly before it",
+            "group %s: %d messages of %s[%d], from offset %d on, are not in the log any more, and no acknowledgement "
+            "of them is known: lost, or, after a power cut, consumed shortly before it",
             self.group, count, topic, queue_id, first,
         )  # fmt: skip
 

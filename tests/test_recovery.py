@@ -21,7 +21,7 @@ from shmbroker.errors import CorruptLog
 from shmbroker.record import RecordKind, SnapshotBody, encode_record
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile, Epoch
 from shmbroker.store.recovery import repair
-from shmbroker.store.segment import SegmentError, list_segments
+from shmbroker.store.segment import SegmentChecksum, SegmentError, list_segments
 
 TESTS = Path(__file__).parent
 
@@ -328,6 +328,57 @@ def test_repair_cuts_at_the_hole_and_keeps_what_it_cut(log: StoreBuilder) -> Non
     result, _ = log.recover()
     assert (result.end, result.reason) == (log.places[10], "whole")
     check_sound(log, result)
+
+
+def test_a_segment_with_a_damaged_header_is_cut_off_with_all_behind_it(log: StoreBuilder) -> None:
+    """E|20 F|10 // x // later"""
+    while log.position < 3 * SEGMENT + 200:
+        log.message(bytes(300))
+    log.sync()
+    log.checkpoint()
+    with log.place.path(SEGMENT).open("r+b") as damaged:
+        damaged.seek(20)
+        damaged.write(b"\xff")
+    cut_off = {name: (log.log / name).read_bytes() for name in sorted(path.name for path in log.log.iterdir())[1:]}
+    with pytest.raises(SegmentChecksum):
+        log.recover()
+    checkpoints = CheckpointFile(log.checkpoint_path)
+    assert repair(log.place, checkpoints).end == SEGMENT
+    checkpoints.close()
+    assert {path.stem: path.read_bytes() for path in log.log.glob("*.broken")} == cut_off
+    result, seen = log.recover()
+    assert (result.end, result.reason) == (SEGMENT, "whole")
+    assert [path.name for path in log.log.iterdir() if not path.suffix] == [log.place.path(0).name]
+    assert len(seen.positions) > 20
+
+
+@pytest.mark.parametrize("first", [0, SEGMENT])
+def test_a_log_of_which_no_header_holds_begins_anew(tmp_path: Path, first: int) -> None:
+    log = standard(tmp_path)
+    while log.position < 2 * SEGMENT - 500:
+        log.message(bytes(300))
+    log.sync()
+    log.checkpoint()
+    if first:
+        log.place.path(0).unlink()  # retention has taken it
+    with log.place.path(first).open("r+b") as damaged:
+        damaged.write(bytes(60))
+    checkpoints = CheckpointFile(log.checkpoint_path)
+    repair(log.place, checkpoints)
+    checkpoints.close()
+    result, _ = log.recover()
+    assert (result.end, result.reason) == (0, "empty")
+
+
+def test_a_second_repair_keeps_what_the_first_one_kept(log: StoreBuilder) -> None:
+    checkpoints = CheckpointFile(log.checkpoint_path)
+    kept = []
+    for number in (20, 10):
+        log.flip(log.places[number] + 99)
+        kept.append(log.place.path(0).read_bytes())
+        assert repair(log.place, checkpoints).end == log.places[number]
+    checkpoints.close()
+    assert [path.read_bytes() for path in sorted(log.log.glob("*.broken"), reverse=True)] == kept
 
 
 # ---- kills

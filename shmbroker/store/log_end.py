@@ -56,11 +56,13 @@ class LogEnd:
     records: int  # valid ones between start and hole
 
 
-def find_end(reader: LogReader, place: LogPlace, checkpoint: Checkpoint | None) -> LogEnd:
+def find_end(
+    reader: LogReader, place: LogPlace, checkpoint: Checkpoint | None, *, check_headers: bool = True
+) -> LogEnd:
     """Walk over the valid records from the checkpoint's snapshot, or from the oldest segment, to the first hole.
 
     Changes nothing. Raises a SegmentError for a segment whose header does not hold: headers are durable before a
-    segment gets its name, so that is never a torn tail.
+    segment gets its name, so that is never a torn tail. Without ``check_headers``, to repair, it is a hole at its base.
     """
     bases = list_segments(place.directory)
     if not bases:
@@ -68,7 +70,7 @@ def find_end(reader: LogReader, place: LogPlace, checkpoint: Checkpoint | None) 
     first = bases[0]
     start, snapshot = _scan_start(reader, place, checkpoint, first)
     for base in bases:
-        if base + place.segment_bytes > start:
+        if check_headers and base + place.segment_bytes > start:
             Segment.open(place.path(base), place.segment_bytes, place.store).close()
     head = _record_at(reader, start)
     epoch = start_epoch = 0 if head is None else head.epoch

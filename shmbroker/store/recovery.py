@@ -16,6 +16,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
 from typing import Final
 
 from shmbroker._native._core import dispatch_scan
@@ -103,23 +105,31 @@ def recover(
 def repair(place: LogPlace, checkpoints: CheckpointFile) -> LogEnd:
     """Cut a log at its first hole, corrupt or not, on an operator's word. Everything behind it goes.
 
-    The damaged segment is kept as a copy, later ones under another name: ``<segment>.broken``.
+    The damaged segment is kept as a copy, later ones and one whose header does not hold under another name:
+    ``<segment>.broken``, or ``<segment>.2.broken`` where an earlier repair has left one.
     """
     remove_leftovers(place.directory)
     checkpoint = usable(checkpoints.read(), place)
     reader = LogReader(place.directory, place.segment_bytes, place.store)
     try:
-        found = find_end(reader, place, None)
+        found = find_end(reader, place, None, check_headers=False)
     finally:
         reader.close()
-    if place.path(found.end).exists():
-        shutil.copyfile(place.path(found.end), place.path(found.end).with_suffix(BROKEN))
+    if found.end % place.segment_bytes and place.path(found.end).exists():
+        shutil.copyfile(place.path(found.end), _free_name(place.path(found.end)))
         sync_directory(place.directory)
     # Lowered first: a kill after it leaves a torn tail, a kill before it the same corrupt log and one more copy.
     if checkpoint is not None and checkpoint.flushed > found.end:
-        checkpoints.write(_lowered(checkpoint, found.end))
-    _cut(place, found, checkpoints, None, suffix=BROKEN)
+        # Without any segment left the log begins anew, at position 0.
+        checkpoints.write(_lowered(checkpoint, found.end if found.end > found.first else 0))
+    _cut(place, found, checkpoints, None, keep=True)
     return found
+
+
+def _free_name(path: Path) -> Path:
+    """What a segment that is cut off is kept as; nothing that was kept before is lost."""
+    names = chain([path.with_suffix(BROKEN)], (path.with_suffix(f".{number}{BROKEN}") for number in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def usable(checkpoint: Checkpoint | None, place: LogPlace) -> Checkpoint | None:
@@ -132,7 +142,8 @@ def _cut(
     found: LogEnd,
     checkpoints: CheckpointFile,
     checkpoint: Checkpoint | None,
-    suffix: str | None = None,
+    *,
+    keep: bool = False,
 ) -> None:
     """Make the disk hold nothing behind ``found.end`` that an older or a later scan could take for records (R2).
 
@@ -142,10 +153,10 @@ def _cut(
     later = [base for base in list_segments(place.directory) if base >= found.hole]
     for base in reversed(later):
         path = place.path(base)
-        if suffix is None:
-            path.unlink()
+        if keep:
+            path.rename(_free_name(path))
         else:
-            path.rename(path.with_suffix(suffix))
+            path.unlink()
     failpoint("recovery.removed")  # leaves some later segments after a power cut; none vouched, none does now
     if later:
         sync_directory(place.directory)
