@@ -1,0 +1,43 @@
+"""The remedy for a disk that failed: a backup of the running broker has also what only its memory has."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import shmbroker_json
+from support.running import running, worker_pid
+
+import shmbroker
+from shmbroker import Message
+
+
+@pytest.mark.parametrize("flushes", [1, 40])
+def test_a_backup_of_a_read_only_store_has_every_acknowledged_message(
+    directory: Path, tmp_path: Path, flushes: int
+) -> None:
+    """The disk fails at the first flush, or in a later segment; SEND_OK of ASYNC_FLUSH does not speak of the disk."""
+    copy = tmp_path / "copy"
+    sent: list[int] = []
+    failing = f"flusher/flusher.before_fdatasync=errno:EIO@{flushes}+"
+    settings: dict[str, Any] = {"flush_interval": 0.02, "flush_least_bytes": 64 << 10}
+    with running(directory, failing, **settings) as broker, broker.producer("p") as producer:
+        worker_pid(broker, "dispatcher")
+        with suppress(shmbroker.StoreReadOnly, shmbroker.BrokerBusy):
+            while len(sent) < 1000:
+                producer.send(Message("orders", b"%d " % len(sent) + bytes(20_000)))
+                sent.append(len(sent))
+        flushed, tail = broker.region.get("flushed"), broker.region.get("tail")
+        answer = shmbroker_json(directory, "backup", str(copy))
+        assert answer["from_memory"] == tail - flushed > 0
+        assert answer["end"] == tail
+    assert shmbroker_json(copy, "log", "verify")["sound"]
+    for place in (copy, directory):  # and the broker itself, on a disk that works again
+        with running(place) as broker, broker.simple_consumer("audit", {"orders": "*"}) as consumer:
+            received: list[int] = []
+            while messages := consumer.receive(32, wait=1.0):
+                received += [int(message.body.split()[0]) for message in messages]
+                consumer.ack(messages)
+        assert sorted(received) == sent
