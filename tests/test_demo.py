@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from support.waiting import wait_until
 
 from shmbroker.tools.demo_history import History, acked_line, body_of, judge, received_line, sent_line
+from shmbroker.tools.exit_codes import ExitCode
 
 LINES = [b"to be", b"or not", b"", b"to be"]
 
@@ -116,3 +121,26 @@ def test_the_demo_loses_and_doubles_nothing_while_three_processes_are_killed(tmp
     assert [kill["what"] for kill in told["kills"]] == ["sender", "receiver", "flusher"]
     assert (told["lost"], told["altered"], told["duplicated_after_ack"]) == (0, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"], "the demo leaves nothing behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybody", [True, False], ids=["Ctrl-C reaches the whole fleet", "SIGTERM the parent alone"])
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, everybody: bool) -> None:
+    command = [sys.executable, "-m", "shmbroker.tools.demo", "--lines", "5000000"]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob("*/histories/*.got")), "deliveries")
+        fleet = psutil.Process(running.pid).children(recursive=True)
+        if everybody:
+            os.killpg(running.pid, signal.SIGINT)
+        else:
+            running.terminate()
+        code = running.wait(timeout=30)
+    finally:
+        running.kill()
+        running.wait()
+    assert code == (ExitCode.INTERRUPTED if everybody else ExitCode.TERMINATED)
+    assert psutil.wait_procs(fleet, timeout=10)[1] == [], "no process of the fleet is left"
+    assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ class Bench:
         try:
             yield directory
         finally:
-            wait_until(lambda: not inside.memory_files(directory), "a clean stop")
+            inside.wait_stopped(directory)
             shutil.rmtree(directory)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import shmbroker
-from shmbroker.tools import console
+from shmbroker.tools import console, inside
 from shmbroker.tools import demo_processes as processes
 from shmbroker.tools.bench_report import human, percentile
 from shmbroker.tools.cli import main
@@ -46,11 +46,14 @@ def run_demo(
     histories = place / "histories"
     histories.mkdir()
     columns = (TextColumn("{task.description:<8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with shmbroker.open(place / "broker", id_window=ID_WINDOW, **settings) as broker:
-        broker.create_topic(processes.TOPIC, queues=max(4, receivers))
-        fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            fleet.run(progress)
+    try:
+        with shmbroker.open(place / "broker", id_window=ID_WINDOW, embed_grace=0.0, **settings) as broker:
+            broker.create_topic(processes.TOPIC, queues=max(4, receivers))
+            fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                fleet.run(progress)
+    finally:
+        inside.wait_stopped(place / "broker")
     return judge(lines, histories), fleet.made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,15 @@ def ready_bytes(directory: Path) -> int:
 def worker_pids(region: Region) -> dict[str, int]:
     """Process ids of the workers by role, the supervisor among them."""
     return {worker["role"]: worker["pid"] for worker in region.workers() if worker["pid"]}
+
+
+def wait_stopped(directory: Path, seconds: float = 60.0) -> None:
+    """Wait until an embedded broker without clients has stopped and removed its memory. Raises NotReady."""
+    deadline = time.monotonic() + seconds
+    while memory_files(directory):
+        if time.monotonic() > deadline:
+            raise NotReady(f"the broker of {directory} has not stopped within {seconds:.0f} s")
+        time.sleep(0.005)
 
 
 def memory_files(directory: Path) -> list[Path]:
