@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import shmbroker
+from shmbroker import Message
 from shmbroker._native._core import Region
 from shmbroker.tools import bench_processes as processes
 from shmbroker.tools import inside
@@ -48,6 +49,9 @@ class Bench:
             inside.attached(directory) as region,
         ):
             broker.create_topic(processes.TOPIC)
+            wait_until(
+                lambda: inside.ready_bytes(directory) > 0, "a zero-filled segment"
+            )  # else the disk is still busy
             yield broker, directory, region
 
     @contextmanager
@@ -72,40 +76,59 @@ def wait_until(reached: Callable[[], bool], what: str, seconds: float = 60.0) ->
 
 def burst(bench: Bench) -> Results:
     """Send into half a ring that is empty: what a send costs its caller, with nothing to wait for."""
-    targets = {(100, 1): 1_500_000, (100, 100): 5_000_000}
+    targets = {(100, "send"): 1_500_000, (100, "send_batch(100)"): 5_000_000}
     with bench.broker(ring_bytes=RING_BYTES) as (broker, _, region), broker.producer(processes.GROUP) as producer:
         for body_bytes, body in BODIES.items():
-            for batch, call in ((1, "send"), (100, "send_batch(100)")):
-                bare, measured = _burst(bench, region, producer, body_bytes, batch)
-                limit = targets.get((body_bytes, batch))
+            for call, (batch, send_all) in BURSTS.items():
+                bare, measured = _burst(bench, region, producer, body_bytes, batch, send_all)
+                limit = targets.get((body_bytes, call))
                 target = Target(at_least=limit) if limit else None
                 yield Figure(f"{call}, {body}, burst", measured, "1/s", bare, "bare append", target)
 
 
+def _send_each(producer: shmbroker.Producer, pool: list[Message]) -> None:
+    send = producer.send
+    for message in pool:
+        send(message)
+
+
+def _make_and_send_each(producer: shmbroker.Producer, pool: list[Message]) -> None:
+    send, topic, body = producer.send, pool[0].topic, pool[0].body
+    for _ in pool:
+        send(Message(topic, body))
+
+
+def _send_batches(producer: shmbroker.Producer, pool: list[Message]) -> None:
+    send_batch = producer.send_batch
+    for at in range(0, len(pool), 100):
+        send_batch(pool[at : at + 100])
+
+
+BURSTS = {"send": (1, _send_each), "Message, send": (1, _make_and_send_each), "send_batch(100)": (100, _send_batches)}
+
+
 def _burst(
-    bench: Bench, region: Region, producer: shmbroker.Producer, body_bytes: int, batch: int
+    bench: Bench,
+    region: Region,
+    producer: shmbroker.Producer,
+    body_bytes: int,
+    batch: int,
+    send_all: Callable[[shmbroker.Producer, list[Message]], None],
 ) -> tuple[float, float]:
     count = RING_BYTES // 2 // record_bytes(body_bytes) // 100 * 100
     pool = processes.messages(count, body_bytes)
-    batches = [pool[at : at + batch] for at in range(0, count, batch)]
-    producer.send(pool[0])  # the topic exists, the paths are warm
 
     def figure() -> float:
         wait_until(lambda: inside.drained(region), "an empty ring")
         begin = time.perf_counter()
-        if batch == 1:
-            send = producer.send
-            for message in pool:
-                send(message)
-        else:
-            send_batch = producer.send_batch
-            for some in batches:
-                send_batch(some)
+        send_all(producer, pool)
         return count / (time.perf_counter() - begin)
 
-    return alternate(
-        bench.repeats, lambda: bench.floors.append(body_bytes, batch, count=count, ring_bytes=RING_BYTES), figure
-    )
+    def floor() -> float:
+        return bench.floors.append(body_bytes, batch, count=count, ring_bytes=RING_BYTES)
+
+    figure()  # the paths are warm
+    return alternate(4 * bench.repeats, floor, figure)
 
 
 def sustained(bench: Bench) -> Results:
