@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from support.running import log_bodies, running, starts_of, wait_restarted, wait_word, worker_pid
 from support.waiting import wait_until
@@ -236,6 +237,28 @@ def test_a_full_disk_refuses_sends_keeps_everything_and_resumes_by_itself(small_
         wait_until(lambda: broker.region.get("store_state") == 0, "the store well again")
         send()
     assert log_bodies(small_disk / "b") == [body(number) + bytes(20_000) for number in range(sent)]
+
+
+def test_a_flusher_that_is_to_leave_a_full_disk_keeps_house_and_gives_up_as_an_orphan(tmp_path: Path) -> None:
+    with running(tmp_path / "b", "flusher/flusher.pwrite=errno:ENOSPC@3+") as broker, broker.producer("p") as producer:
+        flusher = worker_pid(broker, "flusher")
+
+        def beat() -> int:
+            return next(int(worker["beat_ns"]) for worker in broker.region.workers() if worker["role"] == "flusher")
+
+        for number in range(10):
+            result = producer.send(Message("orders", body(number)))
+            assert result.status is SendStatus.SEND_OK
+            result.confirm(timeout=0.01)  # a flush for each
+        assert broker.region.get("flushed") < broker.region.get("tail")
+        os.kill(flusher, signal.SIGTERM)
+        told, busy = time.monotonic_ns(), sum(psutil.Process(flusher).cpu_times()[:2])
+        wait_until(lambda: beat() > told + 1_000_000_000, "housekeeping for a second")
+        assert sum(psutil.Process(flusher).cpu_times()[:2]) - busy < 0.5
+        os.kill(worker_pid(broker, "supervisor"), signal.SIGKILL)
+        wait_until(lambda: worker_pid(broker, "flusher") != flusher, "the next flusher")
+        wait_word(broker, "flushed", broker.region.get("tail"))
+    assert log_bodies(tmp_path / "b") == [body(number) for number in range(10)]
 
 
 def test_a_killed_flushers_successor_takes_over_its_segments(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ STORE_READ_ONLY: Final = 2
 STEP_BYTES: Final = 4 << 20  # of one flush: who waits for its first bytes does not wait for all that came after
 IDLE_SLEEP: Final = 0.5
 HOUSEKEEPING_INTERVAL: Final = 0.1
+NO_SPACE_PAUSE: Final = 0.02
 
 
 class Flusher:
@@ -65,7 +66,11 @@ class Flusher:
         self._read_only = self._region.get("store_state") == STORE_READ_ONLY
 
     def serve(self) -> None:
-        """Flush until told to stop; then flush what is left and leave."""
+        """Flush until told to stop; then flush what is left and leave.
+
+        On a full disk that may take until retention or the operator makes room. Who waits for us has a deadline; if
+        nobody does any more we leave as well. Either way the rest is kept in memory, for the next flusher.
+        """
         self._pool.start()
         try:
             while not self._worker.stopping:
@@ -76,7 +81,11 @@ class Flusher:
                 elif not self._flush_if_due():
                     self._pause()
             while not self._read_only and self._region.get("tail") > self._position:
-                self._flush(self._region.get("tail"))
+                self._housekeeping()
+                if not self._flush(self._region.get("tail")):
+                    if self._worker.orphaned:
+                        break
+                    time.sleep(NO_SPACE_PAUSE)
         finally:
             self._pool.stop()
             self._log.close()
