@@ -61,6 +61,7 @@ FAILPOINTS: Final[dict[str, str]] = {
     "recovery.checkpoint_lowered": "the checkpoint no longer claims what a cut group held",
     "recovery.cut": "the torn group is zeros, not synced",
     "recovery.done": "the log is clean on disk, no memory yet",
+    "supervisor.sealed": "nobody can append to memory of another version any more, nothing saved",
     "memory.objects_created": "two empty objects, no descriptor names them",
     "memory.allocated": "two whole objects, no descriptor names them",
     "memory.formatted": "memory formatted, no descriptor names it",

@@ -49,6 +49,7 @@ VISIBLE: Final = {"append": 0, "flush": 1}  # enum sb_visible
 WORKERS: Final = ("flusher", "dispatcher", "janitor")  # in the order in which they are needed
 EPOCH_TIMEOUT_NS: Final = 10_000_000_000
 ORPHAN_TIMEOUT: Final = 10.0
+SEAL_TIMEOUT: Final = 10.0
 DRAIN_TIMEOUT: Final = 30.0  # seconds for each worker to finish; then what is not on the disk stays in memory
 
 
@@ -169,7 +170,12 @@ def begin_epoch(region: Region, epoch: EpochBody) -> None:
 
 
 def _save_foreign(paths: BrokerPaths, descriptor: Descriptor) -> None:
-    """Write to the log what memory that we cannot work with holds and the disk does not."""
+    """Write to the log what memory that we cannot work with holds and the disk does not.
+
+    Sealed first: what a client was told is stored there is in it before we look where it ends.
+    """
+    memory.seal(paths, descriptor, SEAL_TIMEOUT)
+    failpoint("supervisor.sealed")  # leaves foreign memory that nobody appends to: saved by the next supervisor
     store, segment_bytes = bytes.fromhex(descriptor.store), int(descriptor.settings["segment_bytes"])
     pool: SegmentPool | None = None
     writer: CommitLog | None = None

@@ -235,6 +235,17 @@ def group_in_force(paths: BrokerPaths, config: Config) -> int | None:
     return access.group_of(descriptor.settings)
 
 
+def seal(paths: BrokerPaths, descriptor: Descriptor, timeout: float) -> None:
+    """Let no client that is still attached to memory of any version append to it again: its sends fail from now on.
+
+    For good, as the memory is about to be unlinked. A crash before that leaves memory that still can be flushed, here
+    or by the version that made it. Raises NotReady after ``timeout`` seconds.
+    """
+    with _opened(paths, descriptor) as fds:
+        if fds is not None:
+            Region.seal(fds[0], int(timeout * 1e9))
+
+
 def unflushed(paths: BrokerPaths, descriptor: Descriptor, chunk_bytes: int = MIB) -> Iterator[tuple[int, bytes]]:
     """What the ring holds and the disk does not, as (position, bytes), by the frozen header of any version (R22)."""
     with _opened(paths, descriptor) as fds:

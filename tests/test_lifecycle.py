@@ -295,6 +295,43 @@ def test_memory_of_another_version_is_flushed_before_it_is_given_up(directory: P
 
 
 @pytest.mark.crash
+@pytest.mark.parametrize("failpoint", ["", "supervisor/supervisor.sealed=kill"])
+def test_a_client_of_another_version_is_never_told_that_given_up_memory_has_stored_its_message(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
+) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / "broker.toml").write_text(served.SETTINGS)
+    server = served.start(directory, "serve")
+    wait_until(lambda: served.runs(directory), "the broker runs")
+    workers = wait_for_workers(directory)
+    with Child(SENDER, directory, {}) as child:
+        assert child.read_line() == "open"
+        os.kill(workers["flusher"], signal.SIGSTOP)
+        child.write_line("in time")
+        status, position = child.read_line().split()
+        assert status == "SEND_OK"
+        server.kill()
+        server.wait(20)
+        for pid in set(workers.values()) - {server.pid}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        descriptor = read_descriptor(BrokerPaths(directory))
+        assert descriptor is not None
+        with Path("/dev/shm" + descriptor.control).open("r+b") as control:
+            control.seek(16)  # fingerprint
+            control.write(b"\xff" * 8)
+        if failpoint:
+            monkeypatch.setenv("SHMBROKER_FAILPOINTS", failpoint)
+            with pytest.raises(shmbroker.NotReady, match="the supervisor died"):
+                shmbroker.open(directory)
+            monkeypatch.delenv("SHMBROKER_FAILPOINTS")
+        with shmbroker.open(directory) as broker:
+            assert body_at(broker, int(position)) == b"in time"
+            child.write_line("too late")
+            assert child.read_line() == "", "it raised"
+
+
+@pytest.mark.crash
 def test_a_broker_that_lost_its_memory_recovers_from_the_log_in_a_new_epoch(directory: Path) -> None:
     with Child(SENDER, directory, SMALL) as child:
         assert child.read_line() == "open"

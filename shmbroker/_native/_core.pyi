@@ -192,6 +192,13 @@ class Region:
         """Map existing objects. LayoutMismatch if the frozen header's magic, version or fingerprint differs."""
 
     @staticmethod
+    def seal(control_fd: int, timeout_ns: int) -> None:
+        """Let nobody append to memory of any version again: its append lock counts as broken from now on.
+
+        Raises NotReady if its holder does not give it up in time, LayoutMismatch.
+        """
+
+    @staticmethod
     def read_header(control_fd: int) -> dict[str, Any]:
         """The frozen header of any version: magic, layout_version, fingerprint, ring_bytes, tail, flushed, ..."""
 

@@ -83,6 +83,43 @@ void sb_mutex_unlock(pthread_mutex_t *mutex)
     (void)pthread_mutex_unlock(mutex);
 }
 
+struct seal {
+    pthread_mutex_t *mutex;
+    int64_t deadline_ns;
+    int code;
+};
+
+static void *die_with_lock(void *argument)
+{
+    struct seal *seal = argument;
+    seal->code = sb_mutex_lock(seal->mutex, seal->deadline_ns);
+    return NULL;
+}
+
+/* A robust lock that is given back unrepaired by who got it from a dead owner is ENOTRECOVERABLE for ever, in every
+ * process and every version. So a thread of ours dies with it. Another may get it between the two and repair it: again. */
+int sb_mutex_seal(pthread_mutex_t *mutex, int64_t deadline_ns)
+{
+    for (;;) {
+        struct seal seal = {mutex, deadline_ns, SB_BROKEN};
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, die_with_lock, &seal) || pthread_join(thread, NULL)) {
+            return SB_BROKEN;
+        }
+        if (seal.code == SB_TIMEOUT || seal.code == SB_BROKEN) {
+            return seal.code == SB_BROKEN ? SB_OK : SB_TIMEOUT; /* sealed already */
+        }
+        int code = sb_mutex_lock(mutex, deadline_ns);
+        if (code == SB_TIMEOUT || code == SB_BROKEN) {
+            return code == SB_BROKEN ? SB_OK : SB_TIMEOUT;
+        }
+        sb_mutex_unlock(mutex);
+        if (code == SB_OWNER_DEAD) {
+            return SB_OK;
+        }
+    }
+}
+
 uint32_t sb_mutex_holder(const pthread_mutex_t *mutex)
 {
     return (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) & FUTEX_TID_BITS;

@@ -17,6 +17,7 @@ int sb_mutex_try(pthread_mutex_t *mutex);
 int sb_mutex_lock(pthread_mutex_t *mutex, int64_t deadline_ns);
 int sb_mutex_consistent(pthread_mutex_t *mutex);
 void sb_mutex_unlock(pthread_mutex_t *mutex);
+int sb_mutex_seal(pthread_mutex_t *mutex, int64_t deadline_ns); /* nobody gets it again: SB_OK | SB_TIMEOUT | SB_BROKEN */
 uint32_t sb_mutex_holder(const pthread_mutex_t *mutex); /* thread id, 0 if free; glibc's word, for reports only */
 
 /* Wait on a semaphore in shared memory: SB_OK | SB_TIMEOUT | SB_INTERRUPTED. deadline 0: only try. */

@@ -198,6 +198,7 @@ cdef extern from "ipc.h" nogil:
     int64_t sb_now_ns()
     int64_t sb_realtime_ns()
     uint32_t sb_mutex_holder(const pthread_mutex_t *mutex)
+    int sb_mutex_seal(pthread_mutex_t *mutex, int64_t deadline_ns) nogil
     uint64_t sb_start_ticks(uint32_t pid)
 
 cdef extern from "wait.h" nogil:

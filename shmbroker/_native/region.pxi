@@ -3,6 +3,7 @@
 from cpython.buffer cimport PyBUF_WRITABLE
 from cpython.exc cimport PyErr_CheckSignals
 
+import mmap as _mmap
 import os as _os
 
 from shmbroker import errors as _errors
@@ -249,6 +250,24 @@ cdef class Region:
             raise _errors.LayoutMismatch("the broker's memory does not pass its checks: sizes, limits or watermarks make no sense")
         region.waiter_owner = region.r.limits.clients + <uint32_t>ROLES["supervisor"]
         return region
+
+    @staticmethod
+    def seal(int control_fd, int64_t timeout_ns):
+        cdef unsigned char[::1] control = _mmap.mmap(control_fd, 0)
+        cdef uint64_t at = Region.read_header(control_fd)["lock_at"]
+        cdef pthread_mutex_t *mutex
+        cdef int code
+        if at % 8 or at < sizeof(sb_header) or at > <uint64_t>control.shape[0] - sizeof(pthread_mutex_t):
+            raise _errors.LayoutMismatch(f"the control segment's header names an append lock at byte {at}")
+        mutex = <pthread_mutex_t *>&control[<Py_ssize_t>at]
+        with nogil:
+            code = sb_mutex_seal(mutex, sb_now_ns() + timeout_ns)
+        if code == SB_TIMEOUT:
+            raise _errors.NotReady(
+                f"process {sb_mutex_holder(mutex)} holds the append lock of memory of another version and does not go on: "
+                "kill -CONT or kill -9 it")
+        if code != SB_OK:
+            raise _errors.NotReady("no thread could be started to seal the append lock of memory of another version")
 
     @staticmethod
     def read_header(int control_fd):
