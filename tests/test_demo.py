@@ -53,6 +53,15 @@ def test_a_line_that_never_arrived_is_lost_although_its_sender_was_told_ok(tmp_p
     assert (verdict.lost, verdict.examples["lost"]) == (1, [3])
 
 
+def test_a_line_that_nobody_acked_is_lost_although_somebody_had_it_when_he_died(tmp_path: Path) -> None:
+    write_sends(tmp_path)
+    write_deliveries(tmp_path, "receiver-0-1", [0, 1, 2], received=2000, acked=2100)
+    write_deliveries(tmp_path, "receiver-1-1", [3], received=2000, acked=None)
+    verdict = judge(LINES, tmp_path)
+    assert not verdict.good
+    assert (verdict.lost, verdict.delivered, verdict.examples["lost"]) == (1, 3, [3])
+
+
 def test_a_delivery_after_an_ack_is_a_duplicate(tmp_path: Path) -> None:
     write_sends(tmp_path)
     write_deliveries(tmp_path, "receiver-0-1", [0, 1, 2, 3], received=2000, acked=2100)
@@ -101,7 +110,7 @@ def test_a_history_cut_within_its_last_line_is_read_up_to_there(tmp_path: Path) 
     write_deliveries(tmp_path, "receiver-0-1", [0, 1, 2, 3], received=2000, acked=2100)
     with (tmp_path / "receiver-0-1.got").open("r+b") as stream:
         stream.truncate(stream.seek(0, 2) - 1)  # killed before the ack's line was whole: the ack is not known
-    write_deliveries(tmp_path, "receiver-1-1", [3], received=2500, acked=2600, attempt=2)
+    write_deliveries(tmp_path, "receiver-1-1", [0, 1, 2, 3], received=2500, acked=2600, attempt=2)
     verdict = judge(LINES, tmp_path)
     assert verdict.good
     assert verdict.ended_ns == 2600
@@ -119,7 +128,8 @@ def test_the_demo_loses_and_doubles_nothing_while_three_processes_are_killed(tmp
     told = json.loads(done.stdout)
     assert told["lines"] == told["delivered"] == 80 * 1002
     assert [kill["what"] for kill in told["kills"]] == ["sender", "receiver", "flusher"]
-    assert (told["lost"], told["altered"], told["duplicated_after_ack"]) == (0, 0, 0)
+    assert (told["lost"], told["altered"], told["duplicated_after_ack"], told["group_lag"]) == (0, 0, 0, 0)
+    assert told["redelivered"] > 0, "the receiver was killed with messages in its hands"
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"], "the demo leaves nothing behind"
 
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import shmbroker
-from shmbroker.tools import console, inside
+from shmbroker.naming import BrokerPaths
+from shmbroker.tools import console, group_lag, inside
 from shmbroker.tools import demo_processes as processes
 from shmbroker.tools.bench_report import human, percentile
 from shmbroker.tools.cli import main
@@ -52,9 +53,12 @@ def run_demo(
             fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                 fleet.run(progress)
+            lags = group_lag.lags(BrokerPaths(place / "broker"), broker.region)
     finally:
         inside.wait_stopped(place / "broker")
-    return judge(lines, histories), fleet.made
+    verdict = judge(lines, histories)
+    verdict.lag = sum(group["lag_messages"] for group in lags)
+    return verdict, fleet.made
 
 
 def report(verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
@@ -68,6 +72,7 @@ def report(verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
         "lost": verdict.lost,
         "altered": verdict.altered,
         "duplicated_after_ack": verdict.duplicated,
+        "group_lag": verdict.lag,
         "examples": verdict.examples,
         "kills": [{"what": k.what, "pid": k.pid, "sent": k.sent, "received": k.received} for k in killed],
         "seconds": verdict.seconds,
@@ -87,7 +92,7 @@ def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
 def _print_table(told: dict[str, Any]) -> None:
     rows: list[tuple[str, str]] = [("lines read", f"{told['lines']:,}")]
     rows += [(f"sent: {status}", f"{count:,}") for status, count in sorted(told["sent"].items())]
-    for what in ("delivered", "redelivered", "lost", "altered", "duplicated_after_ack"):
+    for what in ("delivered", "redelivered", "lost", "altered", "duplicated_after_ack", "group_lag"):
         rows.append((what.replace("_", " "), f"{told[what]:,}"))
     for what, some in told["examples"].items():
         rows.append((f"{what}: for example lines", ", ".join(map(str, some))))
@@ -136,7 +141,8 @@ def demo(
     shmbroker demo --input /var/log/syslog --producers 8 --consumers 4 --sync
 
     Every process writes down what it sent and got in a file of its own; at the end these are compared with the input,
-    line by line. Leaves with 0 if nothing was lost and nothing came again after its ack, else with 1.
+    line by line: each must have been delivered and acknowledged, by another process if the first to have it was killed.
+    Leaves with 0 if nothing was lost, nothing came again after its ack and nothing is left over, else with 1.
     """
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)

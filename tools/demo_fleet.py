@@ -105,7 +105,7 @@ class Fleet:
 
     def run(self, progress: Progress) -> None:
         counters = multiprocessing.get_context("spawn").RawArray(
-            "q", processes.COUNTERS * max(self.senders, self.receivers)
+            "q", processes.WORDS + processes.COUNTERS * max(self.senders, self.receivers)
         )
         senders = [
             Member(
@@ -132,7 +132,7 @@ class Fleet:
                 sent, received = (processes.total(counters, kind) for kind in (processes.SENT, processes.RECEIVED))
                 progress.update(sending, completed=min(sent, self.lines))
                 progress.update(receiving, completed=min(received, self.lines))
-                self._kill_who_is_due(sent, received, senders[0], receivers[0])
+                self._kill_who_is_due(sent, received, senders[0], receivers[0], counters)
                 for member in members:
                     member.look_after()
                 if all(member.done for member in senders):
@@ -149,9 +149,15 @@ class Fleet:
             for member in members:
                 member.stop()
 
-    def _kill_who_is_due(self, sent: int, received: int, sender: Member, receiver: Member) -> None:
+    def _kill_who_is_due(self, sent: int, received: int, sender: Member, receiver: Member, counters: Any) -> None:
         while self.due and sent >= self.due[0].at_share * self.lines:
-            kill = self.due.pop(0)
+            kill = self.due[0]
+            if kill.what == "receiver":
+                counters[processes.VICTIM] = 1
+                if not processes.total(counters, processes.HOLDING):
+                    return  # until it holds what it has not acknowledged: that must come again, at another
+                counters[processes.VICTIM] = 0
+            self.due.pop(0)
             if kill.what == "flusher":
                 with inside.attached(self.directory) as region:
                     pid = inside.worker_pids(region)["flusher"]

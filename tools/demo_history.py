@@ -119,12 +119,13 @@ class Verdict:
 
     lines: int
     sent: Counter[str] = field(default_factory=Counter)  # by status; DUPLICATE: answered with the first send's result
-    delivered: int = 0  # lines that arrived at least once, unaltered
+    delivered: int = 0  # lines of which a delivery, unaltered, was acknowledged
     deliveries: int = 0
     redelivered: int = 0  # deliveries that the broker marked as a further attempt
-    lost: int = 0
+    lost: int = 0  # the other lines: never received, or received by somebody who died before his ack, and not again
     altered: int = 0  # bodies that no sender sent
     duplicated: int = 0  # lines stored twice, or delivered again after the ack of an earlier delivery had returned
+    lag: int = 0  # messages that the broker still has for the group
     examples: dict[str, list[int]] = field(default_factory=dict)
     began_ns: int = 0
     ended_ns: int = 0
@@ -133,7 +134,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        return not (self.lost or self.altered or self.duplicated)
+        return not (self.lost or self.altered or self.duplicated or self.lag)
 
     @property
     def seconds(self) -> float:
@@ -153,10 +154,11 @@ def judge(lines: Sequence[bytes], directory: Path) -> Verdict:
         _count_sends(verdict, path)
     receivers = sorted(directory.glob("*.got"))
     arrivals = bytearray(len(lines))  # 0, 1, or 2 for several
+    acked = bytearray(len(lines))
     for path in receivers:
-        _count_deliveries(verdict, lines, path, arrivals)
-    for number, count in enumerate(arrivals):
-        if count == 0:
+        _count_deliveries(verdict, lines, path, arrivals, acked)
+    for number, done in enumerate(acked):
+        if not done:
             verdict.lost += 1
             verdict._example("lost", number)
     verdict.delivered = verdict.lines - verdict.lost
@@ -171,7 +173,9 @@ def _count_sends(verdict: Verdict, path: Path) -> None:
         verdict.began_ns = min(verdict.began_ns or sent.started_ns, sent.started_ns)
 
 
-def _count_deliveries(verdict: Verdict, lines: Sequence[bytes], path: Path, arrivals: bytearray) -> None:
+def _count_deliveries(
+    verdict: Verdict, lines: Sequence[bytes], path: Path, arrivals: bytearray, acked: bytearray
+) -> None:
     for delivery in read_deliveries(path):
         verdict.deliveries += 1
         verdict.redelivered += delivery.attempt > 1
@@ -180,6 +184,7 @@ def _count_deliveries(verdict: Verdict, lines: Sequence[bytes], path: Path, arri
         number = _number_of(delivery.body)
         if 0 <= number < len(lines) and delivery.body == body_of(number, lines[number]):
             arrivals[number] = min(2, arrivals[number] + 1)
+            acked[number] |= delivery.acked_ns > 0
         else:
             verdict.altered += 1
             verdict._example("altered", number)

@@ -21,9 +21,12 @@ RECEIVE_MESSAGES = 100
 INVISIBLE_SECONDS = 120.0  # longer than the demo: only a death gives a message back
 IDLE_SECONDS = 1.0
 
-# Shared with the parent: for the progress bar and the moment of the kills, not for the verdict.
+# Shared with the parent: for the progress bar and the moment of the kills, not for the verdict. CLOSING and VICTIM are
+# the parent's: all is sent; this receiver is to die (number + 1), and waits for it where it has written down what it
+# received and has not acknowledged it.
 Counters = ctypes.Array[ctypes.c_int64]
-SENT, RECEIVED, CLOSING, COUNTERS = 0, 1, 2, 3
+SENT, RECEIVED, HOLDING, COUNTERS = 0, 1, 2, 3
+CLOSING, VICTIM, WORDS = 0, 1, 2  # before the counters
 
 
 def read_lines(path: Path, at_least: int) -> list[bytes]:
@@ -38,14 +41,14 @@ class Counter:
     """One process's share of the counters: a word that only it writes."""
 
     def __init__(self, counters: Any, kind: int, index: int) -> None:
-        self._counters, self._at = counters, index * COUNTERS + kind
+        self._counters, self._at = counters, WORDS + index * COUNTERS + kind
 
     def add(self, count: int) -> None:
         self._counters[self._at] += count
 
 
 def total(counters: Any, kind: int) -> int:
-    return sum(counters[kind::COUNTERS])
+    return sum(counters[WORDS + kind :: COUNTERS])
 
 
 def send_lines(
@@ -120,10 +123,19 @@ def receive_lines(directory: Path, histories: Path, name: str, life: int, index:
                         received_line(received, message.message_id, message.delivery_attempt, latency, message.body)
                     )
                 history.write()
+                if counters[VICTIM] == index + 1:
+                    _await_death(Counter(counters, HOLDING, index), len(messages))
                 consumer.ack(messages)
                 history.note(acked_line(clock(), len(messages)))
                 history.write()
                 counter.add(len(messages))
+
+
+def _await_death(holding: Counter, messages: int) -> None:
+    holding.add(messages)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    raise SystemExit(1)
 
 
 def _parent_lives() -> bool:
