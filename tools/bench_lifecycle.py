@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ import psutil
 import shmbroker
 from shmbroker import Message
 from shmbroker._native._core import Region
+from shmbroker.naming import BrokerPaths
+from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.tools import bench_processes as processes
 from shmbroker.tools import inside
 from shmbroker.tools.bench_figures import MIB, Bench, Results, wait_until
@@ -29,6 +32,9 @@ GIB = 1024 * MIB
 SYSTEM_CALL_SENDS = 100_000
 MARK = "/shmbroker-bench-mark"  # a path that nobody has: a look at it shows in the trace
 LARGE_BODY_BYTES = MIB
+LOAD_BODY_BYTES = 1024
+LOADED_TAIL_BYTES = 128 * MIB  # half of what is between two checkpoints at most
+LOAD_SECONDS = 10.0
 WORKERS = ("supervisor", "flusher", "dispatcher", "janitor")
 
 
@@ -99,30 +105,49 @@ def start(bench: Bench) -> Results:
 
 
 def restart(bench: Bench) -> Results:
-    """Kill -9 of everything, then ``open`` up to the first send's answer: with the memory it left, and without."""
+    """Kill -9 of everything under load, then ``open`` up to the first send's answer: with its memory, and without."""
     for log_bytes in (1 * GIB, 20 * GIB):
         size = f"{log_bytes // GIB} GiB log"
         if log_bytes > GIB and not bench.full:
             yield NotMeasured(f"restart after kill -9, {size}", "takes 25 GiB of disk: give --full")
             continue
-        if shutil.disk_usage(bench.place).free < log_bytes * 5 // 4:
+        if shutil.disk_usage(bench.place).free < log_bytes * 5 // 4 + 2 * bench.repeats * 2 * LOADED_TAIL_BYTES:
             yield NotMeasured(f"restart after kill -9, {size}", f"not enough free disk at {bench.place}")
             continue
         with bench.directory() as directory:
             fill(directory, log_bytes)
             for lose_memory in (False, True):
-                value = statistics.median(_restart(directory, lose_memory) for _ in range(bench.repeats))
+                runs = [_restart(directory, lose_memory) for _ in range(bench.repeats)]
+                value, behind = (statistics.median(column) for column in zip(*runs, strict=True))
                 name = f"restart after kill -9, {size}, {'without' if lose_memory else 'with'} its memory"
-                yield Figure(name, value, "s", target=Target(at_most=1.0))
+                note = f"killed with {behind / MIB:.0f} MiB of log behind the checkpoint"
+                yield Figure(name, value, "s", target=Target(at_most=1.0), note=note)
 
 
-def _restart(directory: Path, lose_memory: bool) -> float:
-    with Holder(directory) as victim:
+def _restart(directory: Path, lose_memory: bool) -> tuple[float, int]:
+    """Seconds, and how much log there was that the last checkpoint did not know."""
+    with Holder(directory, loaded=True) as victim:
+        behind = _wait_behind_checkpoint(directory)
         victim.kill_everything()
         if lose_memory:
             victim.unlink_memory()
     with Holder(directory) as successor:
-        return successor.seconds
+        return successor.seconds, behind
+
+
+def _wait_behind_checkpoint(directory: Path) -> int:
+    """Wait until the log is far ahead of its checkpoint: most of what a load writes between two of them."""
+    checkpoints = CheckpointFile(BrokerPaths(directory).checkpoint)
+    most, end = 0, time.monotonic() + LOAD_SECONDS
+    with inside.attached(directory) as region:
+        while most < LOADED_TAIL_BYTES:
+            last = checkpoints.read()
+            behind = region.get("flushed") - (last.flushed if last is not None else 0)
+            if time.monotonic() > end and behind >= most // 2:
+                return behind  # a slow disk: no more than this comes together between two checkpoints
+            most = max(most, behind)
+            time.sleep(0.005)
+    return most
 
 
 def fill(directory: Path, log_bytes: int) -> None:
@@ -138,8 +163,9 @@ def fill(directory: Path, log_bytes: int) -> None:
 class Holder:
     """A fresh process that opens a directory, sends one message and stays until told to leave, or killed."""
 
-    def __init__(self, directory: Path, **settings: object) -> None:
-        program = f"from {__name__} import hold; hold({str(directory)!r}, {settings!r})"
+    def __init__(self, directory: Path, *, loaded: bool = False, **settings: object) -> None:
+        """``loaded``: it goes on sending."""
+        program = f"from {__name__} import hold; hold({str(directory)!r}, {loaded}, {settings!r})"
         command = [sys.executable, "-c", program]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
@@ -180,7 +206,7 @@ class Holder:
         self._process.wait(timeout=30)
 
 
-def hold(directory: str, settings: dict[str, Any]) -> None:
+def hold(directory: str, loaded: bool, settings: dict[str, Any]) -> None:
     """Main of the Holder's process. Leaves cleanly when its standard input ends."""
     begin = time.perf_counter()
     with shmbroker.open(directory, **settings) as broker, broker.producer(processes.GROUP) as producer:
@@ -190,6 +216,10 @@ def hold(directory: str, settings: dict[str, Any]) -> None:
             workers = list(inside.worker_pids(region).values())
         memory = [str(path) for path in inside.memory_files(Path(directory))]
         print(json.dumps({"seconds": seconds, "workers": workers, "memory": memory}), flush=True)
+        message = Message(processes.TOPIC, os.urandom(LOAD_BODY_BYTES))
+        while loaded and not select.select([sys.stdin], [], [], 0)[0]:
+            for _ in range(1000):
+                producer.send(message, timeout=60.0)
         sys.stdin.read()
 
 
