@@ -27,6 +27,8 @@ LONG_FILES: dict[str, str] = {
     "tests/native/claim_test.c": "one program per header, so that a sanitizer sees all of its races",
     "tests/native/ring_test.c": "likewise",
     "tests/native/wait_test.c": "likewise",
+    "tests/test_lifecycle.py": "a list of independent ways to die and to come back",
+    "tests/test_recovery.py": "a table of drawn damages beside the rule that they are judged by",
     "tools/bench_floors.c": "one program of independent parts, so that no build stands before a benchmark",
 }
 

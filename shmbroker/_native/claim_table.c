@@ -1,11 +1,10 @@
-/* claim_table.c: a claim table as a whole: finding it, moving its base, overflow, repair, and the janitor's part.
+/* claim_table.c: a claim table as a whole: moving its base, overflow, repair, and the janitor's part. Made in claim_open.c.
  *
  * Under the claim lock (robust, only ever try-locked, R12): base, pending_base, moving_slot. The order of stores, and what
  * a kill at each edge leaves, stands in move_base() and move_oldest(); repair() is run by the next one who gets the lock.
  * Words that the base passes are ACKED, or MOVING with the mark MOVED: nobody but the holder of the lock changes those. */
 #include "claim.h"
 
-#include "definition.h"
 #include "failpoint.h"
 #include "overflow.h"
 
@@ -13,128 +12,6 @@
 #define PASSES_MAX 16u /* of the base in one call; whoever comes next goes on */
 
 static int is_passable(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_ACKED || sb_claim_is_moved(w); }
-
-void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
-{
-    sb_claims *c = sb_claims_at(r, table);
-    uint64_t offset;
-    sb_place place;
-    for (uint32_t i = 0; i < r->limits.overflow_claims; i++) {
-        if (sb_overflow_live(r, table, i, &offset, &place)) {
-            sb_overflow_free(r, table, &place);
-        }
-    }
-    for (uint64_t o = base; o < base + r->limits.claim_window; o++) {
-        sb_word *word = sb_claim_place(r, c, o);
-        sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, o)));
-    }
-    sb_store(&c->base, base);
-    sb_store(&c->pending_base, base);
-    sb_store(&c->next, base);
-}
-
-int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t *table)
-{
-    if (group >= r->limits.groups || queue >= r->limits.queues) {
-        return SB_NOT_FOUND;
-    }
-    const sb_group *g = sb_group_at(r, group);
-    const sb_queue *q = sb_queue_at(r, queue);
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
-        const sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == g->group_id && c->topic_id == q->topic_id && c->queue_id == q->queue_id) {
-            *table = i;
-            return SB_OK;
-        }
-    }
-    return SB_NOT_FOUND;
-}
-
-/* Under the definition lock. State is stored last: a kill before it leaves a free slot, formatted anew by the next. */
-static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table)
-{
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
-        sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE) {
-            continue;
-        }
-        c->group_slot = group;
-        c->queue_slot = queue;
-        c->group_id = sb_group_at(r, group)->group_id;
-        c->topic_id = sb_queue_at(r, queue)->topic_id;
-        c->queue_id = sb_queue_at(r, queue)->queue_id;
-        sb_word *zero[] = {&c->released, &c->deadline_ms, &c->reset_generation, &c->moving_slot, &c->delivered,
-                           &c->acked,    &c->redelivered, &c->refused};
-        for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
-            sb_store(zero[z], 0);
-        }
-        sb_store(&c->recorded, ~0ull); /* never written to the log */
-        sb_claims_format(r, i, base);
-        sb_store(&c->state, SB_SLOT_LIVE);
-        *table = i;
-        return SB_OK;
-    }
-    return SB_TABLE_FULL;
-}
-
-static int find_or_create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table, int *created)
-{
-    int code = sb_claims_find(r, group, queue, table);
-    if (code == SB_NOT_FOUND) {
-        code = create(r, group, queue, base, table);
-        *created = code == SB_OK;
-    }
-    return code;
-}
-
-int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created)
-{
-    *created = 0;
-    if (group >= r->limits.groups || queue >= r->limits.queues) {
-        return SB_INVALID;
-    }
-    if (sb_claims_find(r, group, queue, table) == SB_OK) {
-        return SB_OK;
-    }
-    int code = sb_definition_lock(r, deadline_ns);
-    if (code != SB_OK) {
-        return code;
-    }
-    code = find_or_create(r, group, queue, base, table, created);
-    sb_definition_unlock(r);
-    return code;
-}
-
-static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
-{
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
-        const sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == group_id && c->topic_id == topic_id) {
-            return 1;
-        }
-    }
-    return 0;
-}
-
-int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
-                         uint32_t *tables)
-{
-    if (group >= r->limits.groups || count == 0) {
-        return SB_INVALID;
-    }
-    int code = sb_definition_lock(r, deadline_ns);
-    if (code != SB_OK) {
-        return code;
-    }
-    int behind = from_last && !knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id);
-    for (uint32_t i = 0; i < count && code == SB_OK; i++) {
-        const sb_queue *q = sb_queue_at(r, queues[i]);
-        int created;
-        code = find_or_create(r, group, queues[i], sb_load(behind ? &q->next_offset : &q->first_offset), &tables[i], &created);
-    }
-    sb_definition_unlock(r);
-    return code;
-}
 
 /* Finish [base, pending_base): twice does no harm, a word of the next lap is left alone. */
 static void reset_words(const sb_region *r, sb_claims *c, uint64_t base, uint64_t end)
