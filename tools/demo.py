@@ -6,7 +6,7 @@ receiver and the flusher are killed with -9 and replaced. At the end what arrive
 
 from __future__ import annotations
 
-import pydoc_data.topics
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -59,6 +59,15 @@ def run_demo(
     verdict = judge(lines, histories)
     verdict.lag = sum(group["lag_messages"] for group in lags)
     return verdict, fleet.made
+
+
+def some_text() -> Path:
+    """A text that comes with Python: the topics of its help, or the source of a module if they were left out."""
+    for name in ("pydoc_data.topics", "argparse"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None and spec.has_location:
+            return Path(spec.origin)
+    raise Failure("this Python has no text to send: name one with --input", ExitCode.USAGE)
 
 
 def report(verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def demo(
     keep = directory is not None
     try:
         verdict, killed = run_demo(
-            input or Path(pydoc_data.topics.__file__),
+            input or some_text(),
             place,
             at_least=lines,
             senders=producers,
