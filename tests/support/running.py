@@ -78,6 +78,12 @@ def receive_all(broker: shmbroker.Broker, count: int) -> list[int]:
     return numbers
 
 
+def room_of(broker: shmbroker.Broker) -> int:
+    """Bytes of the ring that producers may still fill before something is flushed."""
+    region = broker.region
+    return region.ring_bytes - region.limits["reserve_bytes"] - (region.get("tail") - region.get("flushed"))
+
+
 def lose_memory(directory: Path) -> None:
     """Kill everything that serves the directory, and take away its memory: only what is in files is left."""
     kill_all(directory)
