@@ -49,9 +49,9 @@ class Bench:
             inside.attached(directory) as region,
         ):
             broker.create_topic(processes.TOPIC)
-            wait_until(
-                lambda: inside.ready_bytes(directory) > 0, "a zero-filled segment"
-            )  # else the disk is still busy
+            runtime = broker.config.runtime
+            ahead = (runtime.segments_ahead + runtime.reserve_segments) * region.segment_bytes
+            wait_until(lambda: inside.ready_bytes(directory) >= ahead, "zero-filled segments")  # the disk is at rest
             yield broker, directory, region
 
     @contextmanager

@@ -23,6 +23,7 @@ from shmbroker.workers import common
 
 IDLE_SLEEP: Final = 0.5
 NO_SPACE_PAUSE: Final = 0.1
+GATHER_TICKS: Final = 4  # what nobody waits for is worth a pass only that rarely
 OPEN_FILES_MIN: Final = 64  # of the consume queues, in each thread
 OTHER_FILES: Final = 128
 FLUSH_WAIT_NS: Final = 10_000_000_000
@@ -91,10 +92,13 @@ def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
 
 
 def pause(worker: common.Worker, dispatcher: Dispatcher) -> None:
-    """After all is dispatched: idle until the next append, then a tick, in which a burst gathers into one pass."""
+    """After all is dispatched: idle until the next append, then some ticks, in which more gathers into one pass.
+
+    Consumers read by the index in memory; who does wait for the consume queues ends the tick.
+    """
     worker.region.worker_beat(worker.role)
     if worker.sleep(common.SLEEP_IDLE, dispatcher.position, IDLE_SLEEP):
-        worker.sleep(common.SLEEP_TICK, 0, worker.config.runtime.worker_tick_ms / 1000)
+        worker.sleep(common.SLEEP_TICK, 0, GATHER_TICKS * worker.config.runtime.worker_tick_ms / 1000)
 
 
 def catch_up(worker: common.Worker, dispatcher: Dispatcher, position: int) -> bool:

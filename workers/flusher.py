@@ -54,6 +54,7 @@ class Flusher:
             reserve_segments=runtime.reserve_segments,
             disk_full_watermark=runtime.disk_full_watermark,
             on_capacity=self._publish_capacity,
+            gentle=worker.config.sync_flush,
         )
         self._log = CommitLog(self._pool, worker.region.segment_bytes)
         self._policy = FlushPolicy(

@@ -14,7 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +27,9 @@ from shmbroker.store.files import ZERO_STEP_BYTES, sync_directory
 from shmbroker.store.segment import Segment, SegmentError, SegmentHeader, list_segments
 
 RETRY_SECONDS: Final = 1.0
+FIRST_FILL_SECONDS: Final = 0.1  # the first SYNC_FLUSH send of a new store waits as long at most
+GENTLE_STEP_BYTES: Final = 256 * 1024  # what a small flush meets on its way to the disk
+GENTLE_REST: Final = 4  # and how many times as long the disk is then left alone
 RECYCLED_AHEAD_MAX: Final = 2
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -38,13 +43,13 @@ class _Ready:
         self.entered = False
         self.step = threading.Lock()
 
-    def fill_step(self) -> bool:
+    def fill_step(self, step_bytes: int = ZERO_STEP_BYTES) -> bool:
         """Write and sync the next zeros; False when there is nothing (more) to do here."""
         with self.step:
             segment, start = self.segment, self.filled
             if self.entered or start >= segment.end:
                 return False
-            end = min(start + ZERO_STEP_BYTES, segment.end)
+            end = min(start + step_bytes, segment.end)
             self.filled = segment.end  # unless all goes well: a segment that cannot be filled is merely slower
             segment.zero(start, end)
             segment.sync()
@@ -57,7 +62,8 @@ class SegmentPool:
     """The segments from the writer's on. One pool, one writer and one thread to a log.
 
     ``position``: where the writer will go on. ``on_capacity(user, system)`` is called, from any thread, after either
-    has grown; both only grow, and are positions before which an append has to end.
+    has grown; both only grow, and are positions before which an append has to end. ``gentle``: small flushes wait for
+    the same disk, so fill slowly.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class SegmentPool:
         reserve_segments: int = 2,
         disk_full_watermark: float = 0.95,
         on_capacity: Callable[[int, int], None] | None = None,
+        gentle: bool = False,
     ) -> None:
         self._directory = directory
         self._segment_bytes = segment_bytes
@@ -81,6 +88,7 @@ class SegmentPool:
         self._reserve_bytes = reserve_segments * segment_bytes
         self._watermark = disk_full_watermark
         self._on_capacity = on_capacity
+        self._gentle = gentle
         self._making = threading.Lock()  # held while a file is made: the thread and the writer take turns
         self._changed = threading.Condition()  # guards all below
         self._ready: dict[int, _Ready] = {}
@@ -109,7 +117,19 @@ class SegmentPool:
             return self._end
 
     def start(self) -> None:
-        """Start the thread."""
+        """Make and fill the segment that the writer is about to enter, then start the thread.
+
+        Only a new store's first segment has much to be filled, and nothing fills it once the writer is in it: every
+        small flush into it would be slower for as long as it lasts.
+        """
+        deadline = time.monotonic() + FIRST_FILL_SECONDS
+        with suppress(OSError, StoreFull):  # the writer will meet it as well, and say so
+            if self._end == self._writer_base:
+                self._make_next()
+            with self._changed:
+                first = self._ready.get(self._writer_base)
+            while first is not None and time.monotonic() < deadline and first.fill_step():
+                pass
         self._thread = threading.Thread(target=self._run, name="segment-pool", daemon=True)
         self._thread.start()
 
@@ -165,21 +185,27 @@ class SegmentPool:
         """One piece of work: make, recycle, remove or fill a segment. False if there was none, or no room for it."""
         return self._make_next() or self._recycle() or self._fill()
 
+    def _rest(self, seconds: float) -> None:
+        with self._changed:
+            if not self._stopping:
+                self._changed.wait(seconds)
+
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux: of this thread alone
         while True:
             with self._changed:
                 if self._stopping:
                     return
+            begun = time.monotonic()
             try:
                 busy = self.work()
             except (OSError, StoreFull) as error:
                 self.error = error
                 busy = False
             if not busy:
-                with self._changed:
-                    if not self._stopping:
-                        self._changed.wait(RETRY_SECONDS)
+                self._rest(RETRY_SECONDS)
+            elif self._gentle:
+                self._rest(GENTLE_REST * (time.monotonic() - begun))
 
     def _adopt(self, position: int) -> None:
         """Take over what an earlier pool made ready: the segments that follow the writer's without a gap."""
@@ -243,7 +269,8 @@ class SegmentPool:
     def _fill(self) -> bool:
         with self._changed:
             waiting = sorted(self._ready.items())
-        return any(ready.fill_step() for _, ready in waiting)
+        step_bytes = GENTLE_STEP_BYTES if self._gentle else ZERO_STEP_BYTES
+        return any(ready.fill_step(step_bytes) for _, ready in waiting)
 
     def _make(self, base: int, recycled: Path | None = None) -> _Ready:
         header = SegmentHeader(base, self._segment_bytes, self._epoch, self._store)
