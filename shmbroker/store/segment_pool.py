@@ -16,7 +16,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -123,13 +122,15 @@ class SegmentPool:
         small flush into it would be slower for as long as it lasts.
         """
         deadline = time.monotonic() + FIRST_FILL_SECONDS
-        with suppress(OSError, StoreFull):  # the writer will meet it as well, and say so
+        try:
             if self._end == self._writer_base:
                 self._make_next()
             with self._changed:
                 first = self._ready.get(self._writer_base)
             while first is not None and time.monotonic() < deadline and first.fill_step():
                 pass
+        except (OSError, StoreFull) as error:
+            self.error = error
         self._thread = threading.Thread(target=self._run, name="segment-pool", daemon=True)
         self._thread.start()
 
