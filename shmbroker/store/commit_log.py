@@ -5,7 +5,7 @@ of the durable writes of one flush, and what a crash at each edge leaves:
 
     pwrite        ── any part of the range may be on the disk, in any order: a torn tail for recovery, or the same bytes
                      again from the ring
-    fdatasync     ── all of the range is on the disk
+    fdatasync     ── all of the range is on the disk (a small range already is: store/direct_write.py)
     (flushed moves, waiters are posted: the flusher)
 
 A segment entered on the way was made durable with its name by the pool before. Files are synced oldest first, and stay
@@ -24,6 +24,7 @@ from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
 from shmbroker.record import Record, decode_record, padded
+from shmbroker.store.direct_write import DIRECT_BYTES_MAX, DirectWriter
 from shmbroker.store.files import Disk
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, list_segments
 from shmbroker.store.segment_pool import SegmentPool
@@ -48,6 +49,8 @@ class CommitLog:
         self._segment_bytes = segment_bytes
         self._segment: Segment | None = None  # where the last write ended
         self._dirty: dict[int, Segment] = {}  # by base position: written since the last sync, and the current one
+        self._direct = DirectWriter(disk)
+        self._unsynced = False  # something was written that is durable only after the next sync
         self.failed: StoreReadOnly | None = None
 
     def write(self, data: memoryview, position: int) -> None:
@@ -58,6 +61,7 @@ class CommitLog:
         if self.failed is not None:
             raise self.failed
         failpoint("flusher.before_pwrite")  # nothing of this range is on the disk
+        small = len(data) <= DIRECT_BYTES_MAX and not self._unsynced
         try:
             while data:
                 segment = self._segment
@@ -66,11 +70,9 @@ class CommitLog:
                 piece = data[: segment.end - position]
                 torn = failpoint("flusher.pwrite")  # torn: a part of the range, whatever its length
                 if torn is not None:
-                    self._disk.pwrite(segment.fd, piece[:torn], SEGMENT_HEADER_BYTES + position - segment.base)
+                    self._disk.pwrite(segment.fd, piece[:torn], segment.offset(position))
                     die()
-                written = self._disk.pwrite(segment.fd, piece, SEGMENT_HEADER_BYTES + position - segment.base)
-                if written <= 0:
-                    raise OSError(errno.EIO, "pwrite wrote nothing")
+                written = self._write_piece(segment, piece, position, small)
                 position += written
                 data = data[written:]
         except OSError as error:
@@ -86,11 +88,12 @@ class CommitLog:
             raise self.failed
         try:
             failpoint("flusher.before_fdatasync")  # as after_pwrite
-            for base in sorted(self._dirty):
+            for base in sorted(self._dirty) if self._unsynced else ():
                 self._disk.fdatasync(self._dirty[base].fd)
         except OSError as error:
             raise self._failure("fdatasync", error) from error
         failpoint("flusher.after_fdatasync")  # durable, but flushed is old and nobody has been told
+        self._unsynced = False
         for segment in self._dirty.values():
             if segment is not self._segment:
                 segment.close()
@@ -98,10 +101,22 @@ class CommitLog:
 
     def close(self) -> None:
         """Close the files; syncs nothing."""
+        self._direct.close()
         for segment in {*self._dirty.values(), *filter(None, [self._segment])}:
             segment.close()
         self._dirty.clear()
         self._segment = None
+
+    def _write_piece(self, segment: Segment, piece: memoryview, position: int, small: bool) -> int:
+        """Write what lies in one segment; how many bytes of it. If small, durably where the file system can."""
+        offset = segment.offset(position)
+        if small and self._direct.write(segment, piece, offset):
+            return len(piece)
+        self._unsynced = True
+        written = self._disk.pwrite(segment.fd, piece, offset)
+        if written <= 0:
+            raise OSError(errno.EIO, "pwrite wrote nothing")
+        return written
 
     def _enter(self, position: int) -> Segment:
         base = position - position % self._segment_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,6 +18,7 @@ class Disk(Protocol):
     """What the commit log's writer asks of a disk. The module ``os`` is one; tests pass one that fails."""
 
     def pwrite(self, fd: int, data: memoryview, offset: int, /) -> int: ...
+    def pwritev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, /) -> int: ...
     def fdatasync(self, fd: int, /) -> None: ...
 
 
