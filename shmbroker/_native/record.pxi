@@ -7,6 +7,10 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+cdef extern from "<fcntl.h>" nogil:
+    int sync_file_range(int fd, int64_t offset, int64_t size, unsigned int flags)
+    unsigned int SYNC_FILE_RANGE_WRITE
+
 cdef extern from "codes.h" nogil:
     enum:
         SB_OK
@@ -125,6 +129,11 @@ def start_ticks(pid):
         return 0
     # The name in parentheses may itself hold blanks and parentheses: the last one ends it. Field 3 follows.
     return int(line[line.rindex(b")") + 2:].split()[19])
+
+
+def start_writeback(int fd, int64_t offset, int64_t size):
+    with nogil:
+        sync_file_range(fd, offset, size, SYNC_FILE_RANGE_WRITE)
 
 
 def set_process_name(name):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from shmbroker._native._core import start_writeback
 from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
@@ -30,6 +31,7 @@ from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError,
 from shmbroker.store.segment_pool import SegmentPool
 
 WINDOW_BYTES: Final = 4 * 1024 * 1024
+WRITE_BYTES: Final = 1024 * 1024  # of one pwrite: how much is copied before the disk begins with it
 _READ_AHEAD_BYTES: Final = 4096
 _OPEN_SEGMENTS: Final = 4
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -113,9 +115,11 @@ class CommitLog:
         if small and self._direct.write(segment, piece, offset):
             return len(piece)
         self._unsynced = True
-        written = self._disk.pwrite(segment.fd, piece, offset)
+        written = self._disk.pwrite(segment.fd, piece[:WRITE_BYTES], offset)
         if written <= 0:
             raise OSError(errno.EIO, "pwrite wrote nothing")
+        if written < len(piece):
+            start_writeback(segment.fd, offset, written)  # the disk works while the next part is copied
         return written
 
     def _enter(self, position: int) -> Segment:
