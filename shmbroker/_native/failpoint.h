@@ -15,6 +15,7 @@
     X(append_disarmed, "append.disarmed")         /* undo empty, lock held */                                         \
     X(append_unlocked, "append.unlocked")         /* published, nobody posted */                                      \
     X(wait_flagged, "wait.flagged")               /* wait slot says WAITING, not asleep */                            \
+    X(wait_woken, "wait.woken")                   /* semaphore taken, nothing claimed */                              \
     X(wake_claimed, "wake.claimed")               /* POSTED by CAS, sem_post not made */                              \
     X(claim_taken, "claim.taken")                 /* word HELD, caller not told */                                    \
     X(claim_acked, "claim.acked")                 /* word ACKED, base not moved */                                    \

@@ -234,7 +234,11 @@ void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const ui
 int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns)
 {
     int64_t slice = sb_now_ns() + SLICE_NS;
-    return sb_semaphore_wait(&sb_waiter_at(r, slot)->wake, slice < deadline_ns ? slice : deadline_ns);
+    int code = sb_semaphore_wait(&sb_waiter_at(r, slot)->wake, slice < deadline_ns ? slice : deadline_ns);
+    if (code == SB_OK) {
+        SB_FAILPOINT(wait_woken); /* the one wake-up of the group is taken: the janitor wakes another member */
+    }
+    return code;
 }
 
 static void clear_sleeper(sb_region *r, uint32_t topic, uint32_t slot)
