@@ -14,9 +14,11 @@ from typing import Any, Final, Protocol, Self
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage
 from shmbroker.config import Config
+from shmbroker.delivery.snapshot import bounded_groups
 from shmbroker.errors import (
     AckNotDurable,
     BadRequest,
+    BrokerBusy,
     PositionGone,
     ShmBrokerError,
     SubscriptionConflict,
@@ -68,6 +70,8 @@ class SimpleConsumer(ConsumerCore):
     same. ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group
     that has never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``. ``ack``:
     whether an acknowledgement is done when it stands in ``"memory"``, which survives every process, or ``"durable"``.
+    ``attempts``: the same for the count of deliveries, before ``receive`` returns the messages: ``"durable"`` never
+    forgets a delivery, whatever is lost; in ``"memory"`` a power cut may take back those of the last second.
 
     Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
     """
@@ -81,15 +85,24 @@ class SimpleConsumer(ConsumerCore):
         spin: bool = False,
         consume_from: str = "first",
         ack: str = "memory",
+        attempts: str = "memory",
     ) -> None:
-        if ack not in ("memory", "durable"):
-            raise BadRequest(f"ack = {ack!r}: must be 'memory' or 'durable'")
+        for name, value in (("ack", ack), ("attempts", attempts)):
+            if value not in ("memory", "durable"):
+                raise BadRequest(f"{name} = {value!r}: must be 'memory' or 'durable'")
         if consume_from not in ("first", "last"):
             raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
         if not subscriptions:
             raise BadRequest("a consumer subscribes to at least one topic")
-        behaviour = {"spin": spin, "from_last": consume_from == "last", "durable_acks": ack == "durable"}
-        super().__init__(home.attach(), check_group(group), **behaviour)
+        client = home.attach()
+        super().__init__(
+            client,
+            check_group(group),
+            spin=spin,
+            from_last=consume_from == "last",
+            durable_acks=ack == "durable",
+            attempts_within=_append_and_flush_seconds(home.config) if attempts == "durable" else 0.0,
+        )
         self._home = home
         self._tags = {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
         self._subscribe()
@@ -128,19 +141,46 @@ class SimpleConsumer(ConsumerCore):
         records appended  ── the same; whole in the log or cut with its torn tail
         flushed           ── the acknowledgement, whatever is lost
         """
-        client, runtime = self.client, self._home.config.runtime
-        seconds = runtime.sync_flush_timeout_ms / 1000
-        stands = "acknowledged in memory, where it stands whatever process dies, but not known to be on the disk"
-        end = 0
         try:
-            for body in bodies:
-                _, end = client.append_system(RecordKind.PROGRESS, [body], runtime.send_timeout_ms * 1_000_000)
+            end = self._append_progress(bodies)
             failpoint("consumer.acks_appended")
-            flushed = client.wait_flushed(end, int(seconds * 1e9))  # shares an fdatasync with whoever else waits
+            self._wait_flushed(end)
         except ShmBrokerError as error:
+            stands = "acknowledged in memory, where it stands whatever process dies, but not known to be on the disk"
             raise AckNotDurable(f"{stands}: {error}") from error
-        if not flushed:
-            raise AckNotDurable(f"{stands}: not flushed within sync_flush_timeout = {seconds:g} s")
+
+    def _write_attempts(self, bodies: list[bytes]) -> None:
+        """The order, and what a crash at each edge leaves (the memory counts, as long as it is there):
+
+        claims HELD       ── attempts in memory; without it, what the last progress record says: nobody had the messages
+        records appended  ── the same; whole in the log or cut with its torn tail
+        flushed           ── the attempts, whatever is lost: one too many at most, for messages that nobody has yet
+        (the caller gets the messages)
+        """
+        try:
+            failpoint("consumer.claimed")
+            end = self._append_progress(bodies)
+            failpoint("consumer.attempts_appended")
+            self._wait_flushed(end)
+            failpoint("consumer.attempts_flushed")
+        except ShmBrokerError as error:
+            back = "attempts = 'durable', and they could not be written: the messages went back to the group, uncounted"
+            error.args = (f"{back}: {error}", *error.args[1:])
+            raise
+
+    def _append_progress(self, bodies: list[bytes]) -> int:
+        """Append them, all in one unless they are very large; the position that has to be flushed."""
+        client, timeout_ns = self.client, self._home.config.runtime.send_timeout_ms * 1_000_000
+        end = 0
+        for group in bounded_groups(client.region, bodies):
+            _, end = client.append_system(RecordKind.PROGRESS, group, timeout_ns)
+        return end
+
+    def _wait_flushed(self, end: int) -> None:
+        """Wait for the disk, and share its fdatasync with whoever else does."""
+        timeout_ms = self._home.config.runtime.sync_flush_timeout_ms
+        if not self.client.wait_flushed(end, timeout_ms * 1_000_000):
+            raise BrokerBusy(f"not flushed within sync_flush_timeout = {timeout_ms / 1000:g} s")
 
     def _read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
         return self._home.read_entries(topic_id, queue_id, offset, count)
@@ -181,6 +221,10 @@ class SimpleConsumer(ConsumerCore):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _append_and_flush_seconds(config: Config) -> float:
+    return (config.runtime.send_timeout_ms + config.runtime.sync_flush_timeout_ms) / 1000
 
 
 def parse_tags(expression: str) -> tuple[str, ...] | None:

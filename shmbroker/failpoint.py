@@ -76,6 +76,9 @@ FAILPOINTS: Final[dict[str, str]] = {
     "supervisor.draining": "state DRAINING, workers not told",
     "supervisor.drained": "everything flushed, checkpoint clean, state STOPPED",
     "consumer.acks_appended": "acknowledged in memory, the progress record appended, not flushed",
+    "consumer.claimed": "messages claimed, their attempts in memory only, nobody has them",
+    "consumer.attempts_appended": "the same, with the progress record appended, not flushed",
+    "consumer.attempts_flushed": "attempts on the disk, nobody has the messages",
     "janitor.death_seen": "a client's death is known, nothing taken back",
     "janitor.reaped": "its claims, waiters and slot are free",
 }

@@ -350,15 +350,20 @@ class ConsumerCore:
     spin: bool
     lost: int  # messages that were deleted from the log before this consumer could read them
     durable_acks: bool
+    durable_attempts: bool
     def __init__(
-        self, client: Client, group: str, *, spin: bool = False, from_last: bool = False, durable_acks: bool = False
-    ) -> None: ...
+        self, client: Client, group: str, *, spin: bool = False, from_last: bool = False, durable_acks: bool = False,
+        attempts_within: float = 0.0,
+    ) -> None:
+        """``attempts_within``: seconds that it may take to write attempts to the disk before messages are handed over;
+        0: they are not written."""
     def receive(self, max_messages: int = 1, wait: float = 0.0, invisible: float = 60.0) -> list[ReceivedMessage]:
         """At most ``max_messages`` messages, as soon as there is one; [] if none comes within ``wait`` seconds.
 
         Each is this consumer's for ``invisible`` seconds (0.001 to 43,200): then it is delivered again unless it was
         acknowledged. Messages of one queue come in the order of their offsets. Raises BadRequest, BrokerClosed,
-        ForkedHandleError, LimitReached (max_waiters), CorruptLog, BrokerFenced.
+        ForkedHandleError, LimitReached (max_waiters), CorruptLog, BrokerFenced. With durable attempts also BrokerBusy,
+        StoreFull and StoreReadOnly: the attempts could not be written; the messages are the group's again, uncounted.
         """
     def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage], *, durable: bool | None = None) -> None:
         """These are done. Raises ReceiptExpired for those that are no longer this consumer's (``error.messages``); the
@@ -373,6 +378,7 @@ class ConsumerCore:
     def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | None], text: bytes, text_hash: int) -> bool: ...
     def _leave(self) -> None: ...
     def _write_acks(self, bodies: list[bytes]) -> None: ...
+    def _write_attempts(self, bodies: list[bytes]) -> None: ...
     def _shut(self) -> None: ...
     def _reattach(self) -> None: ...
     def _read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes: ...

@@ -24,12 +24,17 @@ cdef class ConsumerCore(_QueueReader):
     """Receives and acknowledges. Subclass: shmbroker.consumer.SimpleConsumer."""
     cdef public bint spin
     cdef readonly bint durable_acks
+    cdef readonly bint durable_attempts
+    cdef uint32_t attempts_ms  # for so long at most a message is held until its attempt is on the disk
     cdef bint shut, joined
 
-    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False):
+    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False,
+                 double attempts_within=0.0):
         super().__init__(client, group, from_last=from_last)
         self.spin = spin
         self.durable_acks = durable_acks
+        self.durable_attempts = attempts_within > 0.0
+        self.attempts_ms = <uint32_t>(attempts_within * 1000.0)
 
     # -- for the subclass
 
@@ -39,6 +44,10 @@ cdef class ConsumerCore(_QueueReader):
 
     def _write_acks(self, list bodies):
         """Write these PROGRESS bodies to the log and wait until they are flushed, or raise AckNotDurable."""
+        raise NotImplementedError
+
+    def _write_attempts(self, list bodies):
+        """Write these PROGRESS bodies to the log and return once they are flushed; else raise why not."""
         raise NotImplementedError
 
     def _bind(self, Client client not None, filters, bytes text not None, uint64_t text_hash):
@@ -105,23 +114,59 @@ cdef class ConsumerCore(_QueueReader):
     # -- receive
 
     def receive(self, Py_ssize_t max_messages=1, double wait=0.0, double invisible=60.0):
-        cdef int64_t deadline_ns
-        cdef list out
+        cdef uint32_t invisible_ms
         if max_messages < 1 or not wait >= 0.0 or not 0.001 <= invisible <= INVISIBLE_MAX:
             raise _errors.BadRequest(
                 f"receive(max_messages={max_messages}, wait={wait}, invisible={invisible}): at least one message, "
                 "no negative wait, and an invisible time from 0.001 to 43200 seconds")
+        invisible_ms = <uint32_t>(invisible * 1000.0)
         try:
-            out = self.collect(self.ready(), max_messages, <uint32_t>(invisible * 1000.0))
-            if out or wait == 0.0:
-                return out
-            deadline_ns = sb_now_ns() + <int64_t>(min(wait, 1e9) * 1e9)
-            return self.wait_for(deadline_ns, max_messages, <uint32_t>(invisible * 1000.0))
+            return self.deliver_within(wait, max_messages, invisible_ms)
         except _errors.BrokerClosed:
             if self.shut:
                 raise
         self._reattach()
-        return self.collect(self.ready(), max_messages, <uint32_t>(invisible * 1000.0))
+        return self.deliver_within(0.0, max_messages, invisible_ms)
+
+    cdef list deliver_within(self, double wait, Py_ssize_t room, uint32_t invisible_ms):
+        cdef uint32_t claimed_ms = invisible_ms + self.attempts_ms
+        cdef int64_t deadline_ns
+        cdef list out = self.collect(self.ready(), room, claimed_ms)
+        if not out and wait > 0.0:
+            deadline_ns = sb_now_ns() + <int64_t>(min(wait, 1e9) * 1e9)
+            out = self.wait_for(deadline_ns, room, claimed_ms)
+        return self.hand_over(out, invisible_ms) if self.durable_attempts and out else out
+
+    cdef list hand_over(self, list out, uint32_t invisible_ms):
+        """What was claimed, once the log has on the disk that it was delivered. From now on it is invisible for as long as
+        the caller wants; what could not be written is given back, as if it had never been claimed."""
+        cdef Client client = self.client
+        cdef uint32_t deadline_ms
+        cdef ReceivedMessage message
+        cdef list kept = []
+        try:
+            self._write_attempts(self.progress_of(client.check(), out))
+        except BaseException:
+            self.take_back(out)
+            raise
+        deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), invisible_ms)
+        for message in out:  # whose claim is over by now, since this process was stopped meanwhile, is another's
+            if self.decide(&client.region.r, message, True, deadline_ms) == SB_OK:
+                kept.append(message)
+        return kept
+
+    cdef int take_back(self, list out) except -1:
+        """Claims that the application was not told of go back to the group, uncounted."""
+        cdef ReceivedMessage message
+        cdef _Source source
+        cdef sb_region *r
+        for message in out:
+            source = message.source
+            r = &source.client.region.r
+            if source.is_current(r):
+                sb_claim_release(r, source.table, message.header().queue_offset, message.receipt, source.client.slot)
+                sb_wake_group(r, source.topic_slot, source.group_slot)
+        return 0
 
     cdef list wait_for(self, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
         cdef Client client = self.client

@@ -15,6 +15,7 @@ cdef extern from "claim.h" nogil:
     int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
     int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms,
                        sb_claim *renewed)
+    int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
     void sb_claim_base(sb_region *r, uint32_t table)
     int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
     int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)

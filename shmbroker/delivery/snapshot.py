@@ -19,7 +19,7 @@ from shmbroker._native._core import Region
 from shmbroker.record import RECORD_HEADER_BYTES, GroupBody, RecordKind, SnapshotBody, TopicBody, padded
 
 APPEND_TIMEOUT_NS: Final = 3_000_000_000
-_GROUP_BYTES: Final = 64 * 1024  # of one append: the lock is held no longer than a small batch of messages needs it
+_GROUP_BYTES: Final = 64 * 1024
 _GROUP_RECORDS: Final = 64
 
 
@@ -28,9 +28,8 @@ def append_bounded(region: Region, kind: RecordKind, bodies: Iterable[bytes]) ->
 
     Raises what Region.append_system raises; groups before the failed one are then in the log.
     """
-    room = min(_GROUP_BYTES, region.ring_bytes // 16, region.segment_bytes // 16)
     end = region.get("tail")
-    for group in _grouped(bodies, room):
+    for group in bounded_groups(region, bodies):
         _, end = region.append_system(kind, group, timeout_ns=APPEND_TIMEOUT_NS)
     return end
 
@@ -77,7 +76,9 @@ def _record_bytes(body: bytes) -> int:
     return padded(RECORD_HEADER_BYTES + len(body))
 
 
-def _grouped(bodies: Iterable[bytes], room: int) -> Iterator[list[bytes]]:
+def bounded_groups(region: Region, bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The bodies in groups for one append each: the lock is held no longer than for a small batch of messages."""
+    room = min(_GROUP_BYTES, region.ring_bytes // 16, region.segment_bytes // 16)
     group: list[bytes] = []
     group_bytes = 0
     for body in bodies:
