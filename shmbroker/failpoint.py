@@ -54,6 +54,7 @@ FAILPOINTS: Final[dict[str, str]] = {
     "dispatcher.after_publish": "dispatched is new",
     "dispatcher.progress_written": "progress records appended, not flushed",
     "dispatcher.snapshot_begun": "a snapshot's begin record stands alone",
+    "dispatcher.kept_noted": "the checkpoint gives segments up, the memory does not yet",
     "dispatcher.snapshot_ended": "snapshot complete, its position not yet noted",
     "recovery.scanned": "the log's end is known, nothing changed",
     "recovery.removed": "segments behind the end are gone, directory not synced",

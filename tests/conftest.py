@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.disk import disk, log, pool  # noqa: F401 - fixtures of the tests that write segments
 from support.processes import SMALL, processes_of
 from support.waiting import wait_until
 

@@ -6,12 +6,11 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.disk import BYTES, CountingDisk, on_disk, pattern
 from support.store_builder import RING, SEGMENT, STORE, StoreBuilder
 
 from shmbroker import failpoint
@@ -22,71 +21,6 @@ from shmbroker.record import encode_record
 from shmbroker.store.commit_log import CommitLog, LogReader
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader
 from shmbroker.store.segment_pool import SegmentPool
-
-BYTES = 65_536
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[SegmentPool]:
-    pool = SegmentPool(tmp_path, BYTES, STORE, 1, 0)
-    while pool.work():
-        pass
-    yield pool
-    pool.stop()
-
-
-class CountingDisk:
-    """The real disk, that can be told to fail, to write little at a time, and keeps account of its calls."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, int] = {}
-        self.piece_bytes = 2**30
-        self.calls: list[tuple[str, str]] = []
-
-    def pwrite(self, fd: int, data: memoryview, offset: int, /) -> int:
-        self._call("pwrite", fd)
-        return os.pwrite(fd, data[: self.piece_bytes], offset)
-
-    def pwritev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, /) -> int:
-        assert flags == os.RWF_DSYNC
-        self._call("pwritev", fd)
-        (piece,) = pieces
-        return os.pwritev(fd, [piece[: max(512, self.piece_bytes - self.piece_bytes % 512)]], offset, flags)
-
-    def fdatasync(self, fd: int, /) -> None:
-        self._call("fdatasync", fd)
-        os.fdatasync(fd)
-
-    def _call(self, name: str, fd: int) -> None:
-        self.calls.append((name, Path(f"/proc/self/fd/{fd}").readlink().name))
-        if error := self.errors.get(name):
-            raise OSError(error, os.strerror(error))
-
-
-@pytest.fixture
-def disk() -> CountingDisk:
-    return CountingDisk()
-
-
-@pytest.fixture
-def log(pool: SegmentPool, disk: CountingDisk) -> Iterator[CommitLog]:
-    log = CommitLog(pool, BYTES, disk)
-    yield log
-    log.close()
-
-
-def pattern(size: int, salt: int = 0) -> bytes:
-    return bytes((index * 7 + index // 256 + salt) & 0xFF for index in range(size))
-
-
-def on_disk(directory: Path, position: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        at = position + len(data)
-        path = directory / segment_name(at - at % BYTES)
-        data += path.read_bytes()[SEGMENT_HEADER_BYTES + at % BYTES :][: size - len(data)]
-    return data
-
 
 # ---- the writer
 
@@ -120,63 +54,6 @@ def test_only_what_was_written_is_synced_and_the_oldest_first(log: CommitLog, di
     disk.calls.clear()
     log.sync()
     assert disk.calls == [("fdatasync", segment_name(3 * BYTES))]
-
-
-def test_a_small_write_is_durable_by_itself_and_needs_no_sync(log: CommitLog, disk: CountingDisk) -> None:
-    for position in (0, 100, 200):
-        log.write(memoryview(pattern(100)), position)
-        log.sync()
-    assert disk.calls == [("pwritev", segment_name(0))] * 3
-
-
-def test_a_small_write_behind_one_that_waits_for_its_sync_waits_as_well(log: CommitLog, disk: CountingDisk) -> None:
-    """Else a failed sync could be told for the older one only after the younger one was taken for durable."""
-    log.write(memoryview(pattern(3 * BYTES)), 0)
-    log.write(memoryview(pattern(100)), 3 * BYTES)
-    disk.calls.clear()
-    log.sync()
-    assert disk.calls == [("fdatasync", segment_name(base)) for base in (0, BYTES, 2 * BYTES, 3 * BYTES)]
-
-
-def test_a_file_system_without_direct_writes_is_asked_once(tmp_path: Path, log: CommitLog, disk: CountingDisk) -> None:
-    disk.errors["pwritev"] = errno.EINVAL
-    for position in (0, 100, 200):
-        log.write(memoryview(pattern(100, position)), position)
-        log.sync()
-    name = segment_name(0)
-    assert disk.calls == [("pwritev", name), *[("pwrite", name), ("fdatasync", name)] * 3]
-    assert on_disk(tmp_path, 0, 300) == b"".join(pattern(100, position) for position in (0, 100, 200))
-
-
-@given(st.lists(st.tuples(st.integers(1, 9000), st.booleans()), min_size=1, max_size=25), st.integers(0, 5000))
-@settings(max_examples=50, deadline=None)
-def test_writes_large_and_small_leave_what_was_written_and_zeros_behind_it(
-    tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, bool]], start: int
-) -> None:
-    """Large ones through the page cache, small ones past it, over a segment that an older log has used."""
-    directory = tmp_path_factory.mktemp("log")
-    pool = SegmentPool(directory, 4 * BYTES, STORE, 1, 0)
-    pool.take(0).close()
-    used = directory / segment_name(0)
-    used.write_bytes(used.read_bytes()[:SEGMENT_HEADER_BYTES] + b"\xee" * 4 * BYTES)
-    pool.stop()
-    pool = SegmentPool(directory, 4 * BYTES, STORE, 1, start)
-    disk = CountingDisk()
-    log = CommitLog(pool, 4 * BYTES, disk)
-    expected, position = b"\xee" * start, start
-    for number, (size, small) in enumerate(writes):
-        data = pattern(size, number)
-        log._direct._supported = small
-        log.write(memoryview(data), position)
-        log.sync()
-        expected += data
-        position += size
-        stored = used.read_bytes()[SEGMENT_HEADER_BYTES:]
-        assert stored[:position] == expected
-        behind = stored[position : position + -position % 4096]
-        assert behind in (b"\0" * len(behind), b"\xee" * len(behind))
-    log.close()
-    pool.stop()
 
 
 def test_a_writer_that_starts_again_writes_over_what_its_predecessor_left(tmp_path: Path, pool: SegmentPool) -> None:

@@ -330,6 +330,37 @@ def test_repair_cuts_at_the_hole_and_keeps_what_it_cut(log: StoreBuilder) -> Non
     check_sound(log, result)
 
 
+def test_a_log_without_its_oldest_segments_is_refused_until_the_loss_is_accepted(log: StoreBuilder) -> None:
+    """E|20 F|10 // later // later, kept from position 0 on: what was in the first segment may not be consumed yet."""
+    while log.position < 2 * SEGMENT + 200:
+        log.message(bytes(300))
+    log.sync()
+    log.checkpoint()
+    log.place.path(0).unlink()
+    for _ in range(2):
+        with pytest.raises(CorruptLog, match=r"begins at position .* oldest segments.* log repair") as caught:
+            log.recover()
+        assert (caught.value.position, caught.value.path) == (0, str(log.place.path(0)))
+    checkpoints = CheckpointFile(log.checkpoint_path)
+    assert repair(log.place, checkpoints).end == log.position
+    accepted = checkpoints.read()
+    checkpoints.close()
+    assert accepted is not None
+    assert (accepted.kept, accepted.flushed) == (SEGMENT, log.flushed)
+    result, _ = log.recover()
+    assert (result.first, result.end) == (SEGMENT, log.position)
+
+
+def test_segments_that_were_given_up_may_be_gone_or_not(log: StoreBuilder) -> None:
+    while log.position < 2 * SEGMENT + 200:
+        log.message(bytes(300))
+    log.sync()
+    log.checkpoint(kept=SEGMENT)
+    assert log.recover()[0].first == 0, "the flusher had not retired it yet"
+    log.place.path(0).unlink()
+    assert log.recover()[0].first == SEGMENT
+
+
 def test_a_segment_with_a_damaged_header_is_cut_off_with_all_behind_it(log: StoreBuilder) -> None:
     """E|20 F|10 // x // later"""
     while log.position < 3 * SEGMENT + 200:

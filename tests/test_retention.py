@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.regions import memory
-from support.running import receive_all, running
+from support.running import receive_all, running, worker_pid
 from support.waiting import wait_until
 
 import shmbroker
@@ -51,45 +51,49 @@ def consume(region: Region, group_id: int, queue_id: int, base: int) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_no_group_has_consumed_yet_waits_for_the_first(tmp_path: Path, full: bool) -> None:
+    noted: list[int] = []
     with filled(tmp_path) as (region, queues):
         if full:
             region.publish_store_state(STORE_FULL, 0)
-        assert not retain(region, queues, 1)
-        assert region.get("kept") == 0
+        assert not retain(region, queues, 1, noted.append)
+        assert (region.get("kept"), noted) == (0, [])
 
 
 def test_a_queue_added_while_its_group_was_away_waits_for_it(tmp_path: Path) -> None:
+    noted: list[int] = []
     with filled(tmp_path) as (region, queues):
         consume(region, 1, 0, MESSAGES)
-        assert not retain(region, queues, 1)
+        assert not retain(region, queues, 1, noted.append)
         consume(region, 2, 0, MESSAGES)
         consume(region, 2, 1, MESSAGES)
-        assert not retain(region, queues, 1), "the other group has consumed it, this one has not"
+        assert not retain(region, queues, 1, noted.append), "the other group has consumed it, this one has not"
         consume(region, 1, 1, 3)
-        assert retain(region, queues, 1)
-        assert region.get("kept") == 3 * SEGMENT
+        assert retain(region, queues, 1, noted.append)
+        assert noted == [region.get("kept")] == [3 * SEGMENT]
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_every_group_has_consumed_is_given_up(tmp_path: Path, full: bool) -> None:
+    noted: list[int] = []
     with filled(tmp_path) as (region, queues):
         if full:
             region.publish_store_state(STORE_FULL, 0)
         for queue_id in range(2):
             consume(region, 1, queue_id, 5)
             consume(region, 2, queue_id, 6)
-        assert retain(region, queues, 0 if full else 1)
-        assert region.get("kept") == 5 * SEGMENT
+        assert retain(region, queues, 0 if full else 1, noted.append)
+        assert noted == [region.get("kept")] == [5 * SEGMENT]
         assert [queue["first_offset"] for queue in region.topics()[0]["queues"]] == [5, 5]
 
 
 def test_without_retention_bytes_everything_stays_until_the_disk_is_full(tmp_path: Path) -> None:
+    noted: list[int] = []
     with filled(tmp_path) as (region, queues):
         for queue_id in range(2):
             consume(region, 1, queue_id, MESSAGES)
-        assert not retain(region, queues, 0)
-        assert retain(region, queues, 2 * SEGMENT)
-        assert region.get("kept") == 6 * SEGMENT
+        assert not retain(region, queues, 0, noted.append)
+        assert retain(region, queues, 2 * SEGMENT, noted.append)
+        assert noted == [region.get("kept")] == [6 * SEGMENT]
 
 
 # ---- with a broker -----------------------------------------------------------------------------------------------
@@ -112,6 +116,27 @@ def test_nothing_that_a_group_has_not_consumed_is_deleted(directory: Path) -> No
         assert broker.region.get("kept") <= min(unconsumed)
         assert len(receive_all(broker, len(unconsumed))) == len(unconsumed)
         wait_until(lambda: broker.region.get("kept") > min(unconsumed), "the others, once they are consumed")
+
+
+@pytest.mark.crash
+def test_a_dispatcher_killed_while_it_gives_segments_up_takes_nothing_with_it(directory: Path) -> None:
+    settings: dict[str, Any] = {"retention_bytes": 1, "snapshot_interval_bytes": 64 << 10, "flush_interval": 0.01}
+    with running(directory, "dispatcher/dispatcher.kept_noted=kill", **settings) as broker:
+        sent = list(range(3000))
+        with broker.producer("p") as producer, broker.simple_consumer("billing", {"orders": "*"}) as consumer:
+            dispatcher = worker_pid(broker, "dispatcher")
+            for number in sent:
+                producer.send(Message("orders", b"%d " % number + bytes(1000)))
+            received: list[int] = []
+            while len(received) < 2000:
+                messages = consumer.receive(max_messages=32, wait=5.0)
+                received += [int(message.body.split()[0]) for message in messages]
+                consumer.ack(messages)
+            wait_until(lambda: worker_pid(broker, "dispatcher") != dispatcher, "the dispatcher killed and restarted")
+            wait_until(lambda: broker.region.get("kept"), "consumed segments given up")
+    with running(directory, **settings) as broker:
+        received += receive_all(broker, len(sent) - len(received))
+        assert sorted(received) == sent
 
 
 def test_a_full_disk_frees_itself_as_messages_are_consumed(tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ class StoredLog:
         the checkpoint says so, or a later record that knew it), else it is the torn end that recovery will cut.
         """
         verdict = Verdict(self.first, self.first, self.durable, segments=len(self.bases))
+        if self.checkpoint is not None and self.checkpoint.kept < self.first:
+            verdict.damages.append(self._damage(self.checkpoint.kept, self.first, "the oldest segments are missing"))
         self._verify_headers(verdict)
         position = self.first
         while position < self.limit:

@@ -22,7 +22,10 @@ def start_ticks(pid: int) -> int:
     """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 if there is none."""
 
 def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Ask the kernel to begin writing these bytes of a file to the disk. A hint: nothing is promised and nothing fails."""
+    """Ask the kernel to begin writing these bytes of a file to the disk; nothing is durable before fdatasync.
+
+    Raises OSError: writing has failed already. A file system that cannot do it is no error.
+    """
 
 def set_process_name(name: str) -> None:
     """prctl(PR_SET_NAME): what ``ps -o comm`` and ``top`` show, at most 15 bytes."""

@@ -2,7 +2,7 @@
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport errno
+from libc.errno cimport ENOSYS, ESPIPE, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -132,8 +132,12 @@ def start_ticks(pid):
 
 
 def start_writeback(int fd, int64_t offset, int64_t size):
+    cdef int code, number
     with nogil:
-        sync_file_range(fd, offset, size, SYNC_FILE_RANGE_WRITE)
+        code = sync_file_range(fd, offset, size, SYNC_FILE_RANGE_WRITE)
+        number = errno
+    if code != 0 and number != ENOSYS and number != ESPIPE:
+        raise OSError(number, "sync_file_range")
 
 
 def set_process_name(name):

@@ -2,15 +2,18 @@
 
 A segment may go when the newest complete snapshot begins behind it, consume queues and key index have what is in it,
 and every group has consumed it; what no group has consumed yet is kept for the first one. Order, and what a crash
-leaves: queues' first offsets, then ``kept``, then the flusher retires the segments, then files of the consume queues.
-Killed anywhere: all of it is done again, from the same floor.
+leaves: queues' first offsets, then the checkpoint's ``kept``, durably, then the memory's, then the flusher retires the
+segments, then files of the consume queues. Killed anywhere: all of it is done again, from the same floor. A segment
+that is missing from ``kept`` on was taken by nobody of ours, and recovery refuses to begin without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from shmbroker._native._core import Region
+from shmbroker.failpoint import failpoint
 from shmbroker.store.consume_queue import ConsumeQueues
 
 STORE_FULL: Final = 1  # enum sb_store_state
@@ -41,8 +44,10 @@ def floor(region: Region, queues: ConsumeQueues) -> int:
     return lowest
 
 
-def retain(region: Region, queues: ConsumeQueues, retention_bytes: int) -> bool:
+def retain(region: Region, queues: ConsumeQueues, retention_bytes: int, note_kept: Callable[[int], None]) -> bool:
     """Give up segments that are consumed and more than ``retention_bytes`` old; True if there were any.
+
+    ``note_kept(position)`` makes it durable that the log before that position is given up.
 
     While the disk is full it gives up whatever is consumed. ``retention_bytes`` 0 keeps all until then. What is not
     consumed stays in either case: then a full disk refuses writes.
@@ -59,6 +64,8 @@ def retain(region: Region, queues: ConsumeQueues, retention_bytes: int) -> bool:
     if kept <= region.get("kept"):
         return False
     raise_first_offsets(region, queues, kept)
+    note_kept(kept)
+    failpoint("dispatcher.kept_noted")  # leaves segments that nobody needs: given up again after the restart
     region.set("kept", kept)
     for topic in region.topics():
         for queue in topic["queues"]:

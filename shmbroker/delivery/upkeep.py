@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import lmdb
@@ -140,6 +140,11 @@ class Upkeep:
         self._last = made
         self._last_checkpoint = time.monotonic()
 
+    def _note_kept(self, position: int) -> None:
+        """The last checkpoint again, with its files synced already, and with a new ``kept``: works on a full disk."""
+        self._last = replace(self._last, kept=position, clean=False)
+        self._checkpoints.write(self._last)
+
     # ---- duties ----------------------------------------------------------------------------------------------------
 
     def _attempt(self, duty: _Duty) -> float:
@@ -202,7 +207,7 @@ class Upkeep:
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
 
     def _retain(self) -> float:
-        if retain(self._region, self._own_queues, self._config.retention_bytes):
+        if retain(self._region, self._own_queues, self._config.retention_bytes, self._note_kept):
             logger.info("the log before position %d is no longer needed", self._region.get("kept"))
             self.unlinked.set()
         self._indexer.drop_before(self._region.get("kept"))

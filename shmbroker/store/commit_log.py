@@ -35,6 +35,7 @@ WRITE_BYTES: Final = 1024 * 1024  # of one pwrite: how much is copied before the
 _READ_AHEAD_BYTES: Final = 4096
 _OPEN_SEGMENTS: Final = 4
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class CommitLog:
@@ -42,7 +43,7 @@ class CommitLog:
 
     Its first failed write or sync is its last: what the disk then holds is unknown, the kernel takes the failed pages
     for clean, and a second fdatasync would answer success over zeros (F1). Every later call raises the same error.
-    Only a disk without room (StoreFull) may be tried again.
+    Only a disk without room, or a process without file descriptors (StoreFull), may be tried again.
     """
 
     def __init__(self, pool: SegmentPool, segment_bytes: int, disk: Disk = os) -> None:
@@ -119,12 +120,18 @@ class CommitLog:
         if written <= 0:
             raise OSError(errno.EIO, "pwrite wrote nothing")
         if written < len(piece):
-            start_writeback(segment.fd, offset, written)  # the disk works while the next part is copied
+            # The disk works while the next part is copied. A failure here may be the only report of it (F1).
+            start_writeback(segment.fd, offset, written)
         return written
 
     def _enter(self, position: int) -> Segment:
         base = position - position % self._segment_bytes
-        segment = self._dirty.get(base) or self._pool.take(base)
+        try:
+            segment = self._dirty.get(base) or self._pool.take(base)
+        except OSError as error:
+            if error.errno in _NO_RESOURCES:  # opening is no write: nothing is unknown
+                raise StoreFull(f"segment {segment_name(base)}: {error.strerror}") from error
+            raise
         self._segment = self._dirty[base] = segment
         return segment
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from typing import Final
 
 from shmbroker.store.files import Disk, open_file
@@ -32,10 +33,9 @@ class DirectWriter:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
-        self._memory = mmap.mmap(-1, DIRECT_BYTES_MAX + 2 * BLOCK_BYTES)  # aligned to a page
-        self._buffer = memoryview(self._memory)
+        self._buffer = memoryview(mmap.mmap(-1, DIRECT_BYTES_MAX + 2 * BLOCK_BYTES))  # begins at a page
         self._segment: Segment | None = None
-        self._fd = -1
+        self._fd = -1  # of that segment; -1: write it the ordinary way
         self._end = -1  # file offset behind the last write; the block that it lies in begins the buffer
         self._supported = True
 
@@ -44,27 +44,31 @@ class DirectWriter:
 
         False if it has to be written the ordinary way. Raises OSError; what the disk then holds is unknown.
         """
-        start = offset - offset % BLOCK_BYTES
-        head = offset - start
-        end = head + len(data)
-        size = -(-end // BLOCK_BYTES) * BLOCK_BYTES
-        if not self._supported or start + size > segment.file_bytes:
+        if segment is not self._segment:
+            self._enter(segment)
+        if self._fd < 0:
             return False
+        head = offset % BLOCK_BYTES
+        start, end = offset - head, head + len(data)
+        size = -(-end // BLOCK_BYTES) * BLOCK_BYTES  # a segment is a whole number of blocks: never past its end
         buffer = self._buffer
-        try:
-            if segment is not self._segment:
-                self._enter(segment)
-            if offset != self._end:
-                buffer[:head] = os.pread(segment.fd, head, start)
-            buffer[head:end] = data
-            buffer[end:size] = bytes(size - end)
-            self._end = -1  # unless all goes well
-            if self._disk.pwritev(self._fd, [buffer[:size]], start, os.RWF_DSYNC) != size:
+        if offset != self._end:
+            kept = os.pread(segment.fd, head, start)
+            buffer[: len(kept)] = kept
+            if len(kept) < head:
                 return False
+        buffer[head:end] = data
+        buffer[end:size] = bytes(size - end)
+        self._end = -1  # unless all goes well
+        try:
+            written = self._disk.pwritev(self._fd, [buffer[:size]], start, os.RWF_DSYNC)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
             self._supported = False
+            self.close()
+            return False
+        if written != size:
             return False
         last = end - end % BLOCK_BYTES
         if last:
@@ -73,14 +77,15 @@ class DirectWriter:
         return True
 
     def close(self) -> None:
-        """Close the file; the writer may go on with another."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd = -1
-        self._segment = None
-        self._end = -1
+        self._fd = self._end = -1
 
     def _enter(self, segment: Segment) -> None:
+        """Opening is no write: where it fails, the ordinary way may still work."""
         self.close()
-        self._fd = open_file(segment.path, os.O_WRONLY | os.O_DIRECT)
         self._segment = segment
+        if self._supported:
+            with suppress(OSError):
+                self._fd = open_file(segment.path, os.O_WRONLY | os.O_DIRECT)

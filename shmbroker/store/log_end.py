@@ -92,7 +92,18 @@ def find_end(
 def refuse_corruption(
     reader: LogReader, place: LogPlace, found: LogEnd, checkpoint: Checkpoint | None, *, trust_flushed: bool = True
 ) -> None:
-    """Raise CorruptLog if the hole lies in what was known to be on the disk (R1); else it is a torn tail."""
+    """Raise CorruptLog if the hole lies in what was known to be on the disk (R1); else it is a torn tail.
+
+    Also if the log begins behind the position from which the checkpoint says that it was kept.
+    """
+    if checkpoint is not None and checkpoint.kept < found.first:
+        raise CorruptLog(
+            f"{place.directory}: the log begins at position {found.first}, but was kept from {checkpoint.kept} on: its "
+            f"oldest segments, {segment_name(checkpoint.kept)} first, are missing. Nothing was changed. Put them back; "
+            "or `shmbroker log repair` accepts the loss",
+            checkpoint.kept,
+            str(place.path(checkpoint.kept)),
+        )
     if checkpoint is not None and found.hole < checkpoint.flushed:
         raise corrupt(place, found.hole, f"the checkpoint knows {checkpoint.flushed} bytes to be on the disk")
     if not trust_flushed:

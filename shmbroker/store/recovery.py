@@ -119,9 +119,10 @@ def repair(place: LogPlace, checkpoints: CheckpointFile) -> LogEnd:
         shutil.copyfile(place.path(found.end), _free_name(place.path(found.end)))
         sync_directory(place.directory)
     # Lowered first: a kill after it leaves a torn tail, a kill before it the same corrupt log and one more copy.
-    if checkpoint is not None and checkpoint.flushed > found.end:
+    if checkpoint is not None and (checkpoint.flushed > found.end or checkpoint.kept < found.first):
         # Without any segment left the log begins anew, at position 0.
-        checkpoints.write(_lowered(checkpoint, found.end if found.end > found.first else 0))
+        known = min(checkpoint.flushed, found.end if found.end > found.first else 0)
+        checkpoints.write(replace(_lowered(checkpoint, known), kept=max(checkpoint.kept, found.first)))
     _cut(place, found, checkpoints, None, keep=True)
     return found
 

@@ -173,11 +173,6 @@ class Segment:
             raise
         return Segment(path, fd, header.base, header.segment_bytes)
 
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file, which never changes."""
-        return SEGMENT_HEADER_BYTES + self.segment_bytes
-
     def offset(self, position: int) -> int:
         """Where ``position`` lies in the file."""
         return SEGMENT_HEADER_BYTES + position - self.base

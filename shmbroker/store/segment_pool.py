@@ -26,7 +26,7 @@ from shmbroker.store.files import ZERO_STEP_BYTES, sync_directory
 from shmbroker.store.segment import Segment, SegmentError, SegmentHeader, list_segments
 
 RETRY_SECONDS: Final = 1.0
-FIRST_FILL_SECONDS: Final = 0.1  # the first SYNC_FLUSH send of a new store waits as long at most
+FIRST_FILL_SECONDS: Final = 0.1  # the first SYNC_FLUSH send of a new store waits so long, and one gentle step more
 GENTLE_STEP_BYTES: Final = 256 * 1024  # what a small flush meets on its way to the disk
 GENTLE_REST: Final = 4  # and how many times as long the disk is then left alone
 RECYCLED_AHEAD_MAX: Final = 2
@@ -127,7 +127,7 @@ class SegmentPool:
                 self._make_next()
             with self._changed:
                 first = self._ready.get(self._writer_base)
-            while first is not None and time.monotonic() < deadline and first.fill_step():
+            while first is not None and time.monotonic() < deadline and first.fill_step(GENTLE_STEP_BYTES):
                 pass
         except (OSError, StoreFull) as error:
             self.error = error
