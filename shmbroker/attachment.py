@@ -21,12 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from shmbroker import errors, memory, process
+from shmbroker import errors, interpreter, memory, process
 from shmbroker._native._core import Client, Region
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor, directory_identity, read_descriptor
 from shmbroker.errors import AttachRefused, BrokerClosed, ConfigConflict, LayoutMismatch, NotReady, ShmBrokerError
 from shmbroker.failpoint import ENVIRONMENT_KEY
+from shmbroker.interpreter import INTERPRETER_KEY
 from shmbroker.naming import BrokerPaths
 
 OPEN_TIMEOUT: Final = 60.0  # seconds: a predecessor may have to flush and stop, a long log to be scanned
@@ -248,13 +249,14 @@ def is_owner(paths: BrokerPaths) -> bool:
 
 def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, armed: bool = True) -> None:
     """Start a detached supervisor and wait for its report. One that finds the directory served is no error."""
-    environment = dict(os.environ)
+    environment = interpreter.environment()
     if not armed:
         environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "shmbroker.workers.supervisor", str(paths.directory), "--embedded", str(write_fd)],
+            interpreter.command("shmbroker.workers.supervisor", str(paths.directory), "--embedded", str(write_fd)),
+            cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=write_fd,  # until its log is open
@@ -295,7 +297,8 @@ def _parse_report(text: str) -> dict[str, Any]:
     try:
         return dict(json.loads(last))
     except ValueError:
-        return {"error": "NotReady", "message": f"the supervisor failed: {last}"}
+        python = f"{interpreter.interpreter()}; {INTERPRETER_KEY} names another"
+        return {"error": "NotReady", "message": f"the supervisor failed: {last} (run by {python})"}
 
 
 def _raise_reported(outcome: Mapping[str, Any]) -> None:

@@ -7,14 +7,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from shmbroker import access, process
+from shmbroker import access, interpreter, process
 from shmbroker.failpoint import ENVIRONMENT_KEY
 from shmbroker.naming import BrokerPaths
 
@@ -89,7 +88,7 @@ class Fleet:
             self._bury(member, member.process)
 
     def _spawn(self, member: _Member) -> None:
-        environment = {**os.environ, process.SUPERVISOR_KEY: str(os.getpid())}
+        environment = {**interpreter.environment(), process.SUPERVISOR_KEY: str(os.getpid())}
         if member.starts:
             environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -99,7 +98,7 @@ class Fleet:
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             member.process = subprocess.Popen(
-                [sys.executable, "-m", f"shmbroker.workers.{member.role}", str(self._paths.directory)],
+                interpreter.command(f"shmbroker.workers.{member.role}", str(self._paths.directory)),
                 stdin=subprocess.DEVNULL,
                 stdout=log_fd,
                 stderr=log_fd,

@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 import click
 
+from shmbroker import interpreter
 from shmbroker.config import FILE_NAME
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
@@ -66,9 +67,11 @@ def worker(session: Session, role: str, config: Path | None) -> None:
 
 
 def _become(role: str, directory: Path, config: Path | None) -> NoReturn:
-    command = [sys.executable, "-m", f"shmbroker.workers.{role}", str(directory.resolve())]
+    command = interpreter.command(f"shmbroker.workers.{role}", str(directory.resolve()))
     if role == "supervisor":
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         command += ["--config", str(config.resolve())] if config is not None else []
+    environment = interpreter.environment()
+    os.chdir("/")
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment)
