@@ -274,7 +274,7 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         os.close(read_fd)
         if write_fd >= 0:
             os.close(write_fd)
-    if "error" in outcome:
+    if "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
         _raise_reported(outcome)
 
 
@@ -305,8 +305,6 @@ def _raise_reported(outcome: Mapping[str, Any]) -> None:
     """Raise here what the supervisor met there."""
     name, message = str(outcome["error"]), str(outcome["message"])
     kind = getattr(errors, name, None)
-    if kind is NotReady and "another supervisor" in message:
-        return  # lost the race: attach to the winner
     if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
         raise kind(message)
     raise NotReady(f"the supervisor failed: {name}: {message}")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from support.waiting import wait_until
 
 import shmbroker
 from shmbroker import Message, SendStatus, memory
+from shmbroker.attachment import start_supervisor
 from shmbroker.broker import Broker
 from shmbroker.descriptor import read_descriptor
 from shmbroker.naming import BrokerPaths
@@ -358,10 +360,16 @@ def test_a_second_supervisor_is_refused_and_the_first_goes_on(broker: Broker, di
     second = subprocess.run(
         [sys.executable, "-m", "shmbroker.workers.supervisor", str(directory)], capture_output=True, timeout=20
     )
-    assert second.returncode == os.EX_UNAVAILABLE
+    assert second.returncode == os.EX_TEMPFAIL
     assert b"another supervisor serves" in second.stderr
     assert supervisor_of(directory) == first
     assert body_at(broker, send(broker, b"still here")) == b"still here"
+
+
+def test_to_lose_the_race_for_a_directory_is_no_error_for_the_opener(broker: Broker, directory: Path) -> None:
+    first = supervisor_of(directory)
+    start_supervisor(BrokerPaths(directory), broker.config, time.monotonic() + 15.0)  # it saw nobody hold the lock
+    assert supervisor_of(directory) == first
 
 
 def test_the_workers_leave_when_the_embedding_process_is_killed(directory: Path) -> None:

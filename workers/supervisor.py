@@ -34,6 +34,10 @@ FOOTING_SECONDS: Final = 0.5  # so often, at least, whether directory and memory
 log = logging.getLogger("shmbroker.supervisor")
 
 
+class DirectoryTaken(NotReady):
+    """Another supervisor serves the directory: for an opener no error, but somebody to attach to."""
+
+
 class Supervisor:
     """One start of a broker: memory, workers, a clean stop. The caller holds the directory's lock."""
 
@@ -131,10 +135,10 @@ def _nobody_comes(region: Region) -> bool:
 
 
 def take_directory(paths: BrokerPaths) -> process.FileLock:
-    """The directory's lock, for life. Raises NotReady if another supervisor serves it."""
+    """The directory's lock, for life. Raises DirectoryTaken if another supervisor serves it."""
     lock = process.FileLock(paths.lock)
     if not lock.acquire(LOCK_TIMEOUT if _is_stopping(paths) else 0.0):
-        raise NotReady(f"another supervisor serves {paths.directory}")
+        raise DirectoryTaken(f"another supervisor serves {paths.directory}")
     failpoint.failpoint("supervisor.locked")
     return lock
 
@@ -193,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever it is, the opener and stderr are told
         failure = error
     print(f"shmbroker: {failure}", file=sys.stderr)
+    if isinstance(failure, DirectoryTaken):
+        report(arguments.embedded, {"taken": True})
+        return common.EXIT_ROLE_TAKEN
     report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
     return common.exit_code(failure)
 
