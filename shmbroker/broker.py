@@ -15,7 +15,7 @@ from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
-from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, GroupNotExist, TopicNotExist
 from shmbroker.naming import BrokerPaths, check_group, check_topic
 
 if TYPE_CHECKING:
@@ -156,12 +156,30 @@ class Broker:
         self._require_topic(name)
         self.region.delete_topic(name)
 
+    def set_subscription(self, group: str, subscriptions: Mapping[str, str]) -> None:
+        """Switch a group to another subscription, topic to tag expression, all members at once.
+
+        Live members take it over at their next receive; it stands in the log, and a consumer that subscribes to
+        anything else is refused from now on. Raises GroupNotExist, TopicNotExist (auto_create_topics is off),
+        BadRequest.
+        """
+        from shmbroker.consumer import define_topics, format_subscription, parse_subscriptions
+
+        if not subscriptions:
+            raise BadRequest("a group subscribes to at least one topic")
+        tags = parse_subscriptions(subscriptions)
+        text = format_subscription(tags)
+        if all(known["name"] != group for known in self.region.groups()):
+            raise GroupNotExist(f"group {group!r} does not exist")
+        define_topics(self.region, tags, self.config)
+        self.region.set_subscription(group, text)
+
     def topics(self) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes."""
         return self.region.topics()
 
     def groups(self) -> list[dict[str, Any]]:
-        """The consumer groups, each with its name, group_id and subscription."""
+        """The consumer groups: each one's name, group_id, subscription, and whether that was set (subscription_set)."""
         return self.region.groups()
 
     def status(self) -> dict[str, Any]:

@@ -5,14 +5,13 @@ The data path itself is ``_native/consumer.pxi`` (look, claim, copy) and ``_nati
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage
+from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
 from shmbroker.delivery.snapshot import bounded_groups
 from shmbroker.errors import (
@@ -26,13 +25,14 @@ from shmbroker.errors import (
 )
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import check_group, check_topic
-from shmbroker.record import RecordKind
+from shmbroker.record import RecordKind, subscription_text
 from shmbroker.store.consume_queue import Entry
 
 logger = logging.getLogger("shmbroker.consumer")
 
 ALL: Final = "*"
 SUBSCRIPTION_BYTES_MAX: Final = 511
+TAGS_MAX: Final = 64
 
 
 class ConsumerHome(Protocol):
@@ -104,31 +104,30 @@ class SimpleConsumer(ConsumerCore):
             attempts_within=_append_and_flush_seconds(home.config) if attempts == "durable" else 0.0,
         )
         self._home = home
-        self._tags = {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
+        self._tags = parse_subscriptions(subscriptions)
+        self._was_member = False
         self._subscribe()
 
     def _subscribe(self) -> None:
+        """Become a member of the group in the running broker. Who was one follows `group set-subscription` (R25)."""
         client = self._home.attach()
-        known = {topic["name"] for topic in client.region.topics()}
-        runtime = self._home.config.runtime
-        for topic in self._tags.keys() - known:
-            if not runtime.auto_create_topics:
-                raise TopicNotExist(f"topic {topic!r} does not exist and auto_create_topics is off")
-            client.region.define_topic(topic, runtime.default_topic_queues)
-        client.region.define_group(self.group)
-        text = format_subscription(self._tags)
-        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
-        tags = {topic: None if tags is None else [tag.encode() for tag in tags] for topic, tags in self._tags.items()}
-        if not self._bind(client, tags, text, digest):
-            agreed = next(group["subscription"] for group in client.region.groups() if group["name"] == self.group)
-            agreed = agreed.rstrip("\0")
-            raise SubscriptionConflict(
-                f"group {self.group!r}: its live members subscribe to {agreed}, this consumer to {text.decode()}. All "
-                "members of a group must subscribe alike, or messages would go to members that do not want them: use "
-                "another group, or stop the others first"
-            )
+        while True:
+            define_topics(client.region, self._tags, self._home.config)
+            client.region.define_group(self.group)
+            if self._bind(client, _encoded(self._tags), format_subscription(self._tags)):
+                break
+            group = next(group for group in client.region.groups() if group["name"] == self.group)
+            if not (self._was_member and group["subscription_set"]):
+                raise SubscriptionConflict(_conflict(group, format_subscription(self._tags)))
+            self._take_over(group["subscription"].encode())
+        self._was_member = True
 
     # ---- called by the native core for what is not the common case
+
+    def _take_over(self, text: bytes) -> dict[str, list[bytes] | None]:
+        self._tags = parse_subscriptions(json.loads(text))
+        logger.info("group %s subscribes to %s now", self.group, text.decode())
+        return _encoded(self._tags)
 
     def _reattach(self) -> None:
         if self._home.attach_serving(self._home.config.runtime.send_timeout_ms / 1000) is not self.client:
@@ -227,6 +226,38 @@ def _append_and_flush_seconds(config: Config) -> float:
     return (config.runtime.send_timeout_ms + config.runtime.sync_flush_timeout_ms) / 1000
 
 
+def _encoded(tags: Mapping[str, Sequence[str] | None]) -> dict[str, list[bytes] | None]:
+    return {topic: None if some is None else [tag.encode() for tag in some] for topic, some in tags.items()}
+
+
+def _conflict(group: Mapping[str, Any], text: bytes) -> str:
+    name, agreed = group["name"], group["subscription"]
+    if group["subscription_set"]:
+        return (
+            f"group {name!r} was set to subscribe to {agreed}, this consumer subscribes to {text.decode()}: change "
+            f"this consumer, or set the group again (`shmbroker group set-subscription {name}`)"
+        )
+    return (
+        f"group {name!r}: its live members subscribe to {agreed}, this consumer to {text.decode()}. All members of a "
+        "group must subscribe alike, or messages would go to members that do not want them: use another group, stop "
+        f"the others first, or switch them (`shmbroker group set-subscription {name}`)"
+    )
+
+
+def define_topics(region: Region, names: Iterable[str], config: Config) -> None:
+    """Create those that are not there, as the settings say. Raises TopicNotExist."""
+    known = {topic["name"] for topic in region.topics()}
+    for name in sorted(set(names) - known):
+        if not config.runtime.auto_create_topics:
+            raise TopicNotExist(f"topic {name!r} does not exist and auto_create_topics is off")
+        region.define_topic(name, config.runtime.default_topic_queues)
+
+
+def parse_subscriptions(subscriptions: Mapping[str, str]) -> dict[str, tuple[str, ...] | None]:
+    """Topic to tag expression as topic to tags. Raises BadRequest."""
+    return {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
+
+
 def parse_tags(expression: str) -> tuple[str, ...] | None:
     """The tags of ``"a || b"``, sorted; None for all messages (``"*"`` or nothing). Raises BadRequest."""
     if not isinstance(expression, str):
@@ -236,13 +267,14 @@ def parse_tags(expression: str) -> tuple[str, ...] | None:
         return None
     if "" in tags or ALL in tags or any("|" in tag for tag in tags):
         raise BadRequest(f"tag expression {expression!r}: '*', or tags separated by '||'")
+    if len(tags) > TAGS_MAX:
+        raise BadRequest(f"{len(tags)} tags in one subscription, at most {TAGS_MAX}")
     return tuple(sorted(tags))
 
 
 def format_subscription(tags: Mapping[str, Sequence[str] | None]) -> bytes:
-    """What members of a group compare, and people read: JSON, the same bytes for the same subscription."""
-    expressions: dict[str, Any] = {topic: ALL if some is None else " || ".join(some) for topic, some in tags.items()}
-    text = json.dumps(expressions, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+    """What members of a group compare, and people read: see ``subscription_text``. Raises BadRequest: too long."""
+    text = subscription_text({topic: ALL if some is None else " || ".join(some) for topic, some in tags.items()})
     if len(text) > SUBSCRIPTION_BYTES_MAX:
         raise BadRequest(f"the subscription takes {len(text)} bytes as JSON, at most {SUBSCRIPTION_BYTES_MAX} fit")
     return text

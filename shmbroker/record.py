@@ -8,7 +8,8 @@ does not know with ValueError, and no value is used before its type and range ar
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ __all__ = [
     "encode_record",
     "next_position",
     "padded",
+    "subscription_text",
 ]
 
 NO_QUEUE: Final = 0xFFFF
@@ -155,22 +157,42 @@ class TopicBody:
 
 @dataclass(frozen=True, slots=True)
 class GroupBody:
-    """A consumer group as it now is, or (``deleted``) no longer is."""
+    """A consumer group as it now is, or (``deleted``) no longer is.
+
+    ``subscription``: topic to tag expression, if it was set (R25) and is not what the first member brings along; of
+    two, that of the larger ``generation`` counts.
+    """
 
     name: str
     group_id: int
+    subscription: Mapping[str, str] = field(default_factory=dict)
+    generation: int = 0
     deleted: bool = False
 
     def encode(self) -> bytes:
         """The body of a GROUP record."""
-        operation = "delete" if self.deleted else "define"
-        return _encode({"op": operation, "name": self.name, "group_id": self.group_id})
+        fields: dict[str, Any] = {"op": "delete", "name": self.name, "group_id": self.group_id}
+        if not self.deleted:
+            fields["op"] = "define"
+        if self.subscription:
+            fields |= {"subscription": dict(self.subscription), "generation": self.generation}
+        return _encode(fields)
 
     @staticmethod
     def parse(body: bytes) -> GroupBody:
         """Check and read a GROUP record's body; ValueError."""
         fields = _decode(body)
-        return GroupBody(_text(fields, "name"), _integer(fields, "group_id", 0, _U32), _deletes(fields))
+        name, group_id = _text(fields, "name"), _integer(fields, "group_id", 0, _U32)
+        if _deletes(fields):
+            return GroupBody(name, group_id, deleted=True)
+        if "subscription" not in fields:
+            return GroupBody(name, group_id)
+        return GroupBody(name, group_id, _texts(fields, "subscription"), _integer(fields, "generation", 1, _U32))
+
+
+def subscription_text(subscription: Mapping[str, str]) -> bytes:
+    """A group's subscription as its members compare it, and people read it: the same bytes for the same one."""
+    return json.dumps(dict(subscription), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +252,13 @@ def _text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or len(value) > 1024:
         raise ValueError(f"{name} = {value!r}: a short string is wanted")
+    return value
+
+
+def _texts(fields: dict[str, Any], name: str) -> dict[str, str]:
+    value = fields.get(name)
+    if not isinstance(value, dict) or not value or any(type(text) is not str for text in value.values()):
+        raise ValueError(f"{name} = {value!r}: an object of strings is wanted")
     return value
 
 

@@ -139,7 +139,7 @@ def test_every_command_in_the_documents_exists() -> None:
     unknown = []
     for document in documents():
         code = re.findall(r"```.*?```|`[^`\n]+`", document.read_text(), flags=re.DOTALL)
-        for words in re.findall(r"(?<!from )\bshmbroker((?: +(?:-d +\S+|--json|[a-z][a-z]+))+)", "\n".join(code)):
+        for words in re.findall(r"(?<!from )\bshmbroker((?: +(?:-d +\S+|--json|[a-z][a-z-]+))+)", "\n".join(code)):
             names = re.sub(r"-d +\S+|--json", "", words).split()
             context = click.Context(cli)
             command = cli.get_command(context, names[0])

@@ -13,11 +13,12 @@ from shmbroker.tools.session import Session, common_options, pass_session
 @click.group()
 @common_options
 def group() -> None:
-    """Show consumer groups, their lag, and what they hold back.
+    """Show consumer groups, their lag, and what they hold back; switch their subscription.
 
     \b
     shmbroker group list
     shmbroker group show audit
+    shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
     """
 
 
@@ -84,6 +85,36 @@ def show(session: Session, name: str) -> None:
             for queue in lag["queues"]
         ],
     )
+
+
+@group.command(name="set-subscription")
+@common_options
+@click.argument("name")
+@click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
+@click.option("--tags", multiple=True, default=["*"], help="A tag expression; one for all topics, or one for each.")
+@pass_session
+def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags: tuple[str, ...]) -> None:
+    """Switch a group to another subscription, all its members at once.
+
+    \b
+    shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
+    shmbroker group set-subscription audit -t orders --tags paid -t refunds --tags '*'
+
+    Live members take it over at their next receive. From then on a consumer that subscribes to anything else is
+    refused: change the programs before they are started the next time.
+    """
+    if len(tags) not in (1, len(topics)):
+        raise click.UsageError(
+            f"{len(topics)} topics and {len(tags)} tag expressions: give one for all, or one for each"
+        )
+    expressions = tags if len(tags) == len(topics) else tags * len(topics)
+    subscription = dict(zip(topics, expressions, strict=True))
+    with session.open() as broker:
+        broker.set_subscription(name, subscription)
+    if session.json:
+        console.print_json({"group": name, "subscription": subscription})
+    else:
+        click.echo(f"{name} subscribes to {', '.join(f'{topic}: {tags}' for topic, tags in subscription.items())} now")
 
 
 def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:

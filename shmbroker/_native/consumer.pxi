@@ -1,32 +1,22 @@
-# consumer.pxi: ConsumerCore, membership in a group, receive, ack. Whoever waits here drops the GIL.
+# consumer.pxi: ConsumerCore, receive and ack. Whoever waits here drops the GIL.
 
 from libc.stdint cimport int32_t
 from posix.unistd cimport usleep
 
-cdef extern from "membership.h" nogil:
-    int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, uint64_t hash, const char *text, int self_counts,
-                      int64_t deadline_ns)
-    void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
-
 cdef enum:
-    TOPICS_MAX = 64  # in one subscription
     POLLED_MAX = 256  # queues looked at while spinning; the others when something else happens
 
 cdef int64_t SPIN_NS = 50_000  # without the GIL, between two looks at signals and the clock
 cdef int64_t STALLED_NS = 2_000_000  # until a message that only the files have is asked for again
 cdef double INVISIBLE_MAX = 12 * 3600.0
 
-# (id of the client, group slot) -> consumers of this process in that group; guarded by the GIL.
-cdef dict memberships = {}
 
-
-cdef class ConsumerCore(_QueueReader):
+cdef class ConsumerCore(_Member):
     """Receives and acknowledges. Subclass: shmbroker.consumer.SimpleConsumer."""
     cdef public bint spin
     cdef readonly bint durable_acks
     cdef readonly bint durable_attempts
     cdef uint32_t attempts_ms  # for so long at most a message is held until its attempt is on the disk
-    cdef bint shut, joined
 
     def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False,
                  double attempts_within=0.0):
@@ -49,67 +39,6 @@ cdef class ConsumerCore(_QueueReader):
     def _write_attempts(self, list bodies):
         """Write these PROGRESS bodies to the log and return once they are flushed; else raise why not."""
         raise NotImplementedError
-
-    def _bind(self, Client client not None, filters, bytes text not None, uint64_t text_hash):
-        """Become a member of the group: False if a live member subscribes differently. filters: topic -> tags or None."""
-        cdef sb_region *r = client.check()
-        cdef bytes name = self.group.encode()
-        cdef const char *c_text = text
-        cdef uint32_t slot = 0, group = 0
-        cdef int code, self_counts
-        if len(filters) > TOPICS_MAX:
-            raise _errors.BadRequest(f"{len(filters)} topics in one subscription, at most {TOPICS_MAX}")
-        self.filters = {topic: None if tags is None else _TagFilter(tags) for topic, tags in filters.items()}
-        self._leave()
-        if sb_group_find(r, name, &group) != SB_OK:
-            raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
-        slot = client.slot
-        self_counts = (id(client), group) in memberships
-        with nogil:
-            code = sb_group_join(r, group, slot, text_hash, c_text, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS)
-        if code == SB_EXISTS:
-            return False
-        if code != SB_OK:
-            raise code_error(r, code, f"joining group {self.group!r}")
-        self.client = client
-        self.group_slot = group
-        self.joined = True
-        memberships[id(client), group] = memberships.get((id(client), group), 0) + 1
-        self.refresh(r)
-        return True
-
-    def _leave(self):
-        """No longer a member. With the last consumer of this process in the group goes back what they did not acknowledge:
-        claims name their process, so that those of one among several consumers cannot be told from the others'."""
-        if not self.joined:
-            return
-        self.joined = False
-        key = (id(self.client), self.group_slot)
-        memberships[key] -= 1
-        if memberships[key] == 0:
-            del memberships[key]
-            if self.client.fork_generation == sb_fork_generation and not self.client.region.closed:
-                # With the GIL: a consumer made meanwhile by another thread must not lose what it claims.
-                sb_group_give_back(&self.client.region.r, self.group_slot, self.client.slot)
-                sb_group_leave(&self.client.region.r, self.group_slot, self.client.slot)
-
-    def _shut(self):
-        self.shut = True
-        self._leave()
-
-    def __del__(self):
-        self._leave()  # dropped without close: it must not stay a member for the life of the process
-
-    cdef sb_region *ready(self) except NULL:
-        cdef sb_region *r
-        if self.shut:
-            raise _errors.BrokerClosed("this consumer was closed")
-        r = self.client.check()
-        if sb_load(&sb_marks(r).state) != SB_STATE_RUNNING:
-            raise _errors.BrokerClosed("receiving: the broker is stopping or has stopped")
-        if sb_load(&sb_marks(r).topic_generation) != self.generation:
-            self.refresh(r)
-        return r
 
     # -- receive
 

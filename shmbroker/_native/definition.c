@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "membership.h"
 #include "record.h"
 
 #define EFFECTS_MAX (2 * SB_QUEUES_PER_TOPIC_MAX + 8u) /* link and state of each queue, and the topic's own */
@@ -293,7 +294,7 @@ static int define_group_locked(sb_region *r, const char *name, uint32_t group_id
         memset(g->name, 0, sizeof g->name);
         memcpy(g->name, name, strlen(name));
         memset(g->subscription, 0, sizeof g->subscription);
-        sb_store(&g->subscription_hash, 0);
+        sb_store(&g->subscription_set, 0);
         change_word(&c, &g->state, SB_SLOT_LIVE);
         if (group_id >= next) {
             change_word(&c, &sb_marks(r)->next_group_id, (uint64_t)group_id + 1);
@@ -315,6 +316,35 @@ int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int recor
         code = define_group_locked(r, name, group_id, record, deadline_ns, slot, needed);
         sb_definition_unlock(r);
     }
+    return code;
+}
+
+int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
+                              uint64_t *needed)
+{
+    uint32_t slot;
+    if (strlen(text) >= SB_SUBSCRIPTION_BYTES) {
+        return SB_INVALID;
+    }
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    code = sb_group_find(r, name, &slot);
+    if (code == SB_OK) {
+        change c = {.count = 0};
+        char body[BODY_BYTES];
+        sb_group *g = sb_group_at(r, slot);
+        generation = record ? sb_load(&g->subscription_generation) + 1 : generation;
+        sb_group_prepare_subscription(r, slot, generation, text); /* nobody looks at it before the record is there */
+        change_word(&c, &g->subscription_generation, generation); /* SYNC: subscription */
+        change_word(&c, &g->subscription_set, 1);
+        (void)snprintf(body, sizeof body,
+                       "{\"op\":\"define\",\"name\":\"%s\",\"group_id\":%u,\"generation\":%llu,\"subscription\":%s}", name, g->group_id,
+                       (unsigned long long)generation, text);
+        code = apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
+    }
+    sb_definition_unlock(r);
     return code;
 }
 

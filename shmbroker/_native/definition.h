@@ -21,6 +21,10 @@ int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t pe
                     int64_t deadline_ns, uint32_t *slot, uint64_t *needed);
 int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed);
 int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed);
+/* From now on `text` (JSON) is what the group subscribes to, whatever its members say: its generation is the next one, or
+ * with record 0 `generation`. SB_OK | SB_NOT_FOUND | SB_INVALID: too long | codes of sb_append */
+int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
+                              uint64_t *needed);
 int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed);
 
 int sb_definition_lock(sb_region *r, int64_t deadline_ns);

@@ -144,7 +144,7 @@ typedef struct {
     uint32_t reserve_bytes;     /* of the ring, kept for system appends (R16) */
     uint32_t max_message_bytes;
     uint64_t workers_at, clients_at, waiters_at, topics_at, queues_at, groups_at, claims_at, claim_stride, overflow_at;
-    uint64_t ids_at, blocks_at;
+    uint64_t ids_at, blocks_at, end_at;
 } sb_limits;
 
 /* Watermarks only grow; each stands alone. */
@@ -304,10 +304,11 @@ typedef struct {
     _Alignas(SB_LINE) sb_word state; /* enum sb_slot_state; append effect */
     uint32_t group_id;
     uint32_t flags;
-    sb_word subscription_hash; /* 0: nobody has subscribed yet; definition lock, stored after the text */
-    sb_word subscription_generation;
+    sb_word subscription_generation; /* its lowest bit says which text is in force; definition lock, or append effect.
+                                        SYNC: subscription */
+    sb_word subscription_set;        /* 1: by `group set-subscription`, as a record of the log says; append effect */
     char name[SB_NAME_BYTES];
-    char subscription[SB_SUBSCRIPTION_BYTES]; /* JSON of the live subscription, definition lock; for messages and `status` */
+    char subscription[2][SB_SUBSCRIPTION_BYTES]; /* JSON, empty before the first; only the one not in force is written */
     sb_word members[SB_CLIENT_WORDS];         /* bit c: client slot c consumes in this group */
 } sb_group;
 

@@ -5,6 +5,7 @@
 
 #include "definition.h"
 #include "janitor.h"
+#include "racy.h"
 
 /* The janitor needs a moment to see a death; a subscription must not be refused for the sake of a dead member. */
 static int is_live(const sb_client *c)
@@ -25,9 +26,32 @@ static int has_live_member(const sb_region *r, const sb_group *g, uint32_t slot,
     return 0;
 }
 
-int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, uint64_t hash, const char *text, int self_counts, int64_t deadline_ns)
+uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
 {
-    if (group >= r->limits.groups || slot >= r->limits.clients || hash == 0 || strlen(text) >= SB_SUBSCRIPTION_BYTES) {
+    const sb_group *g = sb_group_at(r, group);
+    for (;;) {
+        uint64_t generation = sb_load(&g->subscription_generation); /* SYNC: subscription */
+        sb_racy_copy(text, g->subscription[generation & 1], SB_SUBSCRIPTION_BYTES);
+        text[SB_SUBSCRIPTION_BYTES - 1] = '\0';
+        sb_fence();
+        if (sb_load(&g->subscription_generation) == generation) { /* else its place may be the next but one's by now */
+            return generation;
+        }
+    }
+}
+
+void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t generation, const char *text)
+{
+    char padded[SB_SUBSCRIPTION_BYTES] = {0};
+    memcpy(padded, text, strlen(text));
+    sb_fence();
+    sb_racy_copy(sb_group_at(r, group)->subscription[generation & 1], padded, sizeof padded);
+}
+
+int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
+                  uint64_t *generation)
+{
+    if (group >= r->limits.groups || slot >= r->limits.clients || strlen(text) >= SB_SUBSCRIPTION_BYTES) {
         return SB_INVALID;
     }
     int code = sb_definition_lock(r, deadline_ns);
@@ -35,20 +59,19 @@ int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, uint64_t hash, co
         return code;
     }
     sb_group *g = sb_group_at(r, group);
-    uint64_t agreed = sb_load(&g->subscription_hash);
+    char agreed[SB_SUBSCRIPTION_BYTES];
+    *generation = sb_group_subscription(r, group, agreed);
+    int differs = strcmp(agreed, text) != 0;
     if (sb_load(&g->state) != SB_SLOT_LIVE) {
         code = SB_GONE;
-    } else if (agreed != hash && agreed != 0 && has_live_member(r, g, slot, self_counts)) {
+    } else if (differs && (sb_load(&g->subscription_set) || (agreed[0] && has_live_member(r, g, slot, self_counts)))) {
         code = SB_EXISTS;
-    } else if (agreed != hash) {
+    } else if (differs) {
         for (uint32_t i = 0; i < SB_CLIENT_WORDS; i++) {
             sb_store(&g->members[i], 0); /* the dead, and those of a deleted group in this slot */
         }
-        sb_store(&g->subscription_hash, 0); /* a kill in between leaves a group that nobody has subscribed */
-        memset(g->subscription, 0, sizeof g->subscription);
-        memcpy(g->subscription, text, strlen(text));
-        sb_store(&g->subscription_hash, hash);
-        sb_add(&g->subscription_generation, 1);
+        sb_group_prepare_subscription(r, group, ++*generation, text); /* a kill behind it leaves the old one in force */
+        sb_store(&g->subscription_generation, *generation); /* SYNC: subscription */
     }
     if (code == SB_OK) {
         (void)atomic_fetch_or(&g->members[slot / 64], 1ull << (slot % 64));

@@ -5,10 +5,15 @@
 #include "ipc.h"
 #include "region.h"
 
-/* Client `slot` becomes a member. The first live member's subscription is the group's; another one is refused.
- * `text` (JSON, shorter than SB_SUBSCRIPTION_BYTES) and its `hash` (not 0). self_counts: the slot has other consumers in
- * this group. SB_OK | SB_EXISTS: a live member subscribes differently | SB_TIMEOUT | SB_GONE: no such group | SB_BROKEN. */
-int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, uint64_t hash, const char *text, int self_counts, int64_t deadline_ns);
+/* Client `slot` becomes a member. The subscription that was set, else that of the first live member, is the group's;
+ * another one is refused. `text`: JSON, shorter than SB_SUBSCRIPTION_BYTES. self_counts: the slot has other consumers in
+ * this group. SB_OK, *generation: of the subscription | SB_EXISTS: it differs | SB_TIMEOUT | SB_GONE: no such group | SB_BROKEN. */
+int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
+                  uint64_t *generation);
 void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot);
+/* A copy of the subscription in force, SB_SUBSCRIPTION_BYTES with its NUL; returns its generation. No lock. */
+uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text);
+/* Where the text of `generation` stands; to be written before the generation is stored, under the definition lock. */
+void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t generation, const char *text);
 
 #endif

@@ -28,6 +28,7 @@ cdef extern from "layout.h" nogil:
         SB_NIL
         SB_NO_QUEUE
         SB_ROLES_MAX
+        SB_SUBSCRIPTION_BYTES
         SB_ID_WINDOW
         SB_BLOCK_ENTRIES
         SB_FLAG_DEDUP
@@ -153,10 +154,9 @@ cdef extern from "layout.h" nogil:
     ctypedef struct sb_group:
         sb_word state
         uint32_t group_id
-        sb_word subscription_hash
         sb_word subscription_generation
+        sb_word subscription_set
         char name[256]
-        char subscription[512]
     ctypedef struct sb_id:
         sb_word incarnation
         sb_word sequence
@@ -265,9 +265,17 @@ cdef extern from "definition.h" nogil:
     int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
     int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot,
                         uint64_t *needed)
+    int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
+                                  int64_t deadline_ns, uint64_t *needed)
     int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
     int sb_definition_lock(sb_region *r, int64_t deadline_ns)
     void sb_definition_unlock(sb_region *r)
+
+cdef extern from "membership.h" nogil:
+    int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
+                      uint64_t *generation)
+    void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
+    uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
 
 cdef extern from "janitor.h" nogil:
     int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t incarnation, const char *name,

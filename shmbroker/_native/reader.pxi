@@ -25,22 +25,16 @@ cdef class _QueueReader:
     cdef readonly Client client
     cdef readonly str group
     cdef readonly uint64_t lost  # messages that retention took before this consumer could read them
-    cdef dict filters            # topic -> _TagFilter or None
-    cdef bint from_last
     cdef list sources
-    cdef uint32_t group_slot
-    cdef uint64_t generation     # of the definitions that `sources` was made from
     cdef uint32_t turn
     cdef bint stalled            # the files did not have yet what the index no longer has
     cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
 
-    def __init__(self, Client client not None, str group, *, bint from_last=False):
+    def __init__(self, Client client not None, str group):
         self.client = client
         self.group = group
-        self.from_last = from_last
-        self.filters = {}
         self.sources = []
 
     # -- for the subclass in Python
@@ -63,68 +57,6 @@ cdef class _QueueReader:
 
     def _report_lost(self, str topic, uint32_t queue_id, uint64_t first, uint64_t count):
         raise NotImplementedError
-
-    # -- which queues
-
-    cdef int refresh(self, sb_region *r) except -1:
-        """Open the claim tables of all queues of the subscribed topics. Queues that stay keep their place."""
-        cdef uint64_t generation = sb_load(&sb_marks(r).topic_generation)
-        cdef dict known = {}
-        cdef list sources = []
-        cdef _Source source
-        cdef TopicRoute route
-        for source in self.sources:
-            if source.client is self.client and source.is_current(r):
-                known[source.topic_id, source.queue_id] = source
-        for topic, tag_filter in self.filters.items():
-            route = find_route(r, topic)
-            if route is None:
-                continue  # deleted, or not there yet
-            if not route.permission & 4:
-                raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no read (4)")
-            self.open_sources(r, route, known, tag_filter, sources)
-        self.sources = sources
-        self.generation = generation
-        return 0
-
-    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, list sources) except -1:
-        cdef uint32_t *tables = <uint32_t *>malloc(route.count * sizeof(uint32_t))
-        cdef uint32_t group = self.group_slot, i
-        cdef int code, from_last = self.from_last
-        if tables == NULL:
-            raise MemoryError
-        try:
-            with nogil:
-                code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
-                                            tables)
-            if code == SB_TABLE_FULL:
-                raise _errors.LimitReached(
-                    f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
-                    f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
-            if code != SB_OK:
-                raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
-            for i in range(route.count):
-                source = known.get((route.topic_id, i))
-                sources.append(self.make_source(r, route, i, tables[i], tag_filter) if source is None else source)
-        finally:
-            free(tables)
-        return 0
-
-    cdef _Source make_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, uint32_t table, _TagFilter tag_filter):
-        cdef _Source source = _Source.__new__(_Source)
-        source.client = self.client
-        source.group = self.group
-        source.topic = route.name
-        source.table = table
-        source.group_slot = self.group_slot
-        source.queue_slot = route.slots[queue_id]
-        source.topic_slot = sb_queue_at(r, source.queue_slot).topic_slot
-        source.group_id = sb_group_at(r, self.group_slot).group_id
-        source.topic_id = route.topic_id
-        source.queue_id = queue_id
-        source.cursor.block = SB_NIL
-        source.filter = tag_filter
-        return source
 
     # -- one message
 

@@ -63,8 +63,8 @@ uint64_t sb_control_size(sb_limits *l)
     l->ids_at = at;
     at += (uint64_t)l->ids * sizeof(sb_id);
     l->blocks_at = round_up(at, SB_LINE);
-    at = l->blocks_at + (uint64_t)l->blocks * sizeof(sb_block);
-    return round_up(at, 4096);
+    l->end_at = l->blocks_at + (uint64_t)l->blocks * sizeof(sb_block); /* kept, since a page may hide a wrong number of blocks */
+    return round_up(l->end_at, 4096);
 }
 
 /* The ring twice back to back: one reservation of address space, two mappings of the same object over it. */

@@ -102,59 +102,6 @@ cdef class _RingBuffer:
         pass
 
 
-cdef sb_word *mark(sb_region *r, str name) except NULL:
-    cdef sb_watermarks *m = sb_marks(r)
-    if name == "tail":
-        return &m.tail
-    if name == "flushed":
-        return &m.flushed
-    if name == "dispatched":
-        return &m.dispatched
-    if name == "write_limit":
-        return &m.write_limit
-    if name == "replicated":
-        return &m.replicated
-    if name == "user_capacity":
-        return &m.user_capacity
-    if name == "system_capacity":
-        return &m.system_capacity
-    if name == "indexed":
-        return &m.indexed
-    if name == "kept":
-        return &m.kept
-    if name == "snapshot":
-        return &m.snapshot
-    if name == "state":
-        return &m.state
-    if name == "store_state":
-        return &m.store_state
-    if name == "store_errno":
-        return &m.store_errno
-    if name == "fenced":
-        return &m.fenced
-    if name == "epoch":
-        return &m.epoch
-    if name == "sync_flush":
-        return &m.sync_flush
-    if name == "visible_after":
-        return &m.visible_after
-    if name == "topic_generation":
-        return &m.topic_generation
-    if name == "supervisor_pid":
-        return &m.supervisor_pid
-    if name == "supervisor_start_ticks":
-        return &m.supervisor_start_ticks
-    if name == "embedded":
-        return &m.embedded
-    if name == "next_topic_id":
-        return &m.next_topic_id
-    if name == "next_group_id":
-        return &m.next_group_id
-    if name == "lock_takeovers":
-        return &m.lock_takeovers
-    raise KeyError(name)
-
-
 cdef sb_limits make_limits(object limits) except *:
     cdef sb_limits sized
     memset(&sized, 0, sizeof(sized))
@@ -437,8 +384,8 @@ cdef class Region:
     # -- definitions
 
     cdef int define(self, str what, str name, uint32_t queues, uint32_t permission, uint32_t number, bint record,
-                    uint32_t *slot) except -100:
-        """Define or delete, waiting for lock, room and disk; looks at signals at least every 100 ms."""
+                    uint32_t *slot, const char *text=NULL) except -100:
+        """Define, delete or (a text) subscribe, waiting for lock, room and disk; looks at signals at least every 100 ms."""
         cdef sb_region *r = self.open()
         cdef bytes encoded = name.encode()
         cdef const char *c_name = encoded
@@ -450,7 +397,9 @@ cdef class Region:
             check_signals()
             slice = min(deadline, sb_now_ns() + SLICE_NS)
             with nogil:
-                if topic and delete:
+                if text != NULL:
+                    code = sb_group_set_subscription(r, c_name, text, number, record, slice, &needed)
+                elif topic and delete:
                     code = sb_topic_delete(r, c_name, record, slice, &needed)
                 elif topic:
                     code = sb_topic_define(r, c_name, queues, permission, number, record, slice, slot, &needed)
@@ -494,6 +443,11 @@ cdef class Region:
         if self.define("defining group", name, 0, 0, group_id, record, &slot) == SB_TABLE_FULL:
             raise _errors.LimitReached(f"group {name!r} does not fit: the broker has room for max_groups = {r.limits.groups}")
         return sb_group_at(r, slot).group_id
+
+    def set_subscription(self, str name, bytes text not None, uint32_t generation=0, bint record=True):
+        cdef uint32_t slot = 0
+        if self.define("subscribing group", name, 0, 0, generation, record, &slot, text) == SB_NOT_FOUND:
+            raise _errors.GroupNotExist(f"group {name!r} does not exist")
 
     def delete_group(self, str name, bint record=True):
         cdef uint32_t slot = 0
@@ -574,14 +528,18 @@ cdef class Region:
     def groups(self):
         cdef sb_region *r = self.open()
         cdef uint32_t i
+        cdef uint64_t generation
+        cdef char text[SB_SUBSCRIPTION_BYTES]
         cdef sb_group *g
         result = []
         for i in range(r.limits.groups):
             g = sb_group_at(r, i)
             if sb_load(&g.state) == SB_SLOT_LIVE:
+                generation = sb_group_subscription(r, i, text)
                 result.append({
                     "name": g.name.decode("ascii", "replace"), "group_id": g.group_id, "slot": i,
-                    "subscription": g.subscription.decode("utf-8", "replace"),
+                    "subscription": text.decode("ascii", "replace"), "subscription_set": bool(sb_load(&g.subscription_set)),
+                    "subscription_generation": generation,
                 })
         return result
 

@@ -15,7 +15,7 @@ from shmbroker._native._core import Region, scan_ids
 from shmbroker.delivery.progress import age
 from shmbroker.delivery.retention import raise_first_offsets
 from shmbroker.errors import CorruptLog, GroupNotExist, PositionGone, QueueNotExist, TopicNotExist
-from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody
+from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody, subscription_text
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES, ConsumeQueues
 
@@ -84,6 +84,9 @@ class Restoration:
             region.define_topic(topic.name, topic.queues, topic.permission, topic.topic_id, record=False)
         for group in self._groups.values():
             region.define_group(group.name, group.group_id, record=False)
+            if group.subscription:
+                text = subscription_text(group.subscription)
+                region.set_subscription(group.name, text, group.generation, record=False)
         for word, value in self._next_ids.items():
             region.raise_to(word, value)
         # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what
@@ -116,7 +119,8 @@ class Restoration:
             self._groups.pop(body.group_id, None)
             self._deleted_groups.add(body.group_id)
         elif body.group_id not in self._deleted_groups:
-            self._groups[body.group_id] = body
+            known = self._groups.get(body.group_id, body)
+            self._groups[body.group_id] = max(known, body, key=_generation)
 
     def _raise_offsets(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         have = self._offsets.get((topic_id, queue_id), (0, 0))
@@ -152,6 +156,10 @@ class Restoration:
         known = {*self._dedup, *derived}  # the replay may have begun further back
         for identity in (*given, *sorted(known, key=_position_of)[-room:]):
             region.remember_id(*identity)
+
+
+def _generation(body: GroupBody) -> int:
+    return body.generation
 
 
 def _position_of(identity: Id) -> int:

@@ -7,11 +7,13 @@ A change of a definition is a record of its own, appended by the native core in 
 Others go on appending while a snapshot is written, so its records describe different moments. That is no matter: the
 replay from BEGIN on (restore.py) merges offsets, progress and ids by maximum; ids are never given twice, so the record
 of something that was deleted after BEGIN is known by its id and ignored; and a snapshot never overrules a definition
-met before it. A snapshot without END, because its writer was killed, does no harm; it just frees no segment.
+met before it, or a subscription that was set since. A snapshot without END, because its writer was killed, does no
+harm; it just frees no segment.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -69,7 +71,10 @@ def _topic_body(topic: dict[str, Any]) -> bytes:
 
 
 def _group_body(group: dict[str, Any]) -> bytes:
-    return GroupBody(group["name"], group["group_id"]).encode()
+    ids = group["name"], group["group_id"]
+    if not group["subscription_set"]:
+        return GroupBody(*ids).encode()
+    return GroupBody(*ids, json.loads(group["subscription"]), group["subscription_generation"]).encode()
 
 
 def _record_bytes(body: bytes) -> int:

@@ -1,0 +1,171 @@
+# member.pxi: _Member, a reader as a member of a group: what the group subscribes to, and so which queues it reads.
+
+cdef enum:
+    TOPICS_MAX = 64  # in one subscription
+
+# (id of the client, group slot) -> consumers of this process in that group; guarded by the GIL.
+cdef dict memberships = {}
+
+
+cdef dict tag_filters(filters):
+    """topic -> tags or None, as the reader wants it."""
+    if len(filters) > TOPICS_MAX:
+        raise _errors.BadRequest(f"{len(filters)} topics in one subscription, at most {TOPICS_MAX}")
+    return {topic: None if tags is None else _TagFilter(tags) for topic, tags in filters.items()}
+
+
+cdef class _Member(_QueueReader):
+    """Base of the consumers that share a group's messages."""
+    cdef dict filters         # topic -> _TagFilter or None
+    cdef bint from_last
+    cdef bint shut, joined
+    cdef uint32_t group_slot
+    cdef uint64_t subscription_generation  # of the group's subscription that `filters` was made from
+    cdef uint64_t generation  # of the definitions that `sources` was made from
+
+    def __init__(self, Client client not None, str group, *, bint from_last=False):
+        super().__init__(client, group)
+        self.from_last = from_last
+        self.filters = {}
+
+    # -- membership
+
+    def _take_over(self, bytes text):
+        """The group's subscription is this one now. Returns topic -> tags or None."""
+        raise NotImplementedError
+
+    cdef int follow(self, sb_region *r) except -1:
+        """`group set-subscription` moves the generation that `ready` looks at anyway, so this costs the others nothing."""
+        cdef char text[SB_SUBSCRIPTION_BYTES]
+        cdef uint64_t generation
+        if self.joined and sb_load(&sb_group_at(r, self.group_slot).subscription_generation) != self.subscription_generation:
+            generation = sb_group_subscription(r, self.group_slot, text)
+            self.filters = tag_filters(self._take_over(text))
+            self.subscription_generation = generation
+        return 0
+
+    def _bind(self, Client client not None, filters, bytes text not None):
+        """Become a member of the group: False if it is subscribed differently. filters: topic -> tags or None."""
+        cdef sb_region *r = client.check()
+        cdef bytes name = self.group.encode()
+        cdef const char *c_text = text
+        cdef uint32_t slot = 0, group = 0
+        cdef int code, self_counts
+        self.filters = tag_filters(filters)
+        self._leave()
+        if sb_group_find(r, name, &group) != SB_OK:
+            raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
+        slot = client.slot
+        self_counts = (id(client), group) in memberships
+        with nogil:
+            code = sb_group_join(r, group, slot, c_text, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS,
+                                 &self.subscription_generation)
+        if code == SB_EXISTS:
+            return False
+        if code != SB_OK:
+            raise code_error(r, code, f"joining group {self.group!r}")
+        self.client = client
+        self.group_slot = group
+        self.joined = True
+        memberships[id(client), group] = memberships.get((id(client), group), 0) + 1
+        self.refresh(r)
+        return True
+
+    def _leave(self):
+        """No longer a member. With the last consumer of this process in the group goes back what they did not acknowledge:
+        claims name their process, so that those of one among several consumers cannot be told from the others'."""
+        if not self.joined:
+            return
+        self.joined = False
+        key = (id(self.client), self.group_slot)
+        memberships[key] -= 1
+        if memberships[key] == 0:
+            del memberships[key]
+            if self.client.fork_generation == sb_fork_generation and not self.client.region.closed:
+                # With the GIL: a consumer made meanwhile by another thread must not lose what it claims.
+                sb_group_give_back(&self.client.region.r, self.group_slot, self.client.slot)
+                sb_group_leave(&self.client.region.r, self.group_slot, self.client.slot)
+
+    def _shut(self):
+        self.shut = True
+        self._leave()
+
+    def __del__(self):
+        self._leave()  # dropped without close: it must not stay a member for the life of the process
+
+    cdef sb_region *ready(self) except NULL:
+        cdef sb_region *r
+        if self.shut:
+            raise _errors.BrokerClosed("this consumer was closed")
+        r = self.client.check()
+        if sb_load(&sb_marks(r).state) != SB_STATE_RUNNING:
+            raise _errors.BrokerClosed("receiving: the broker is stopping or has stopped")
+        if sb_load(&sb_marks(r).topic_generation) != self.generation:
+            self.refresh(r)
+        return r
+
+    # -- which queues
+
+    cdef int refresh(self, sb_region *r) except -1:
+        """Open the claim tables of all queues of the subscribed topics. Queues that stay keep their place."""
+        cdef uint64_t generation = sb_load(&sb_marks(r).topic_generation)  # first: what moves it later is met next time
+        cdef dict known = {}
+        cdef list sources = []
+        cdef _Source source
+        cdef TopicRoute route
+        self.follow(r)
+        for source in self.sources:
+            if source.client is self.client and source.is_current(r):
+                known[source.topic_id, source.queue_id] = source
+        for topic, tag_filter in self.filters.items():
+            route = find_route(r, topic)
+            if route is None:
+                continue  # deleted, or not there yet
+            if not route.permission & 4:
+                raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no read (4)")
+            self.open_sources(r, route, known, tag_filter, sources)
+        self.sources = sources
+        self.generation = generation
+        return 0
+
+    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, list sources) except -1:
+        cdef uint32_t *tables = <uint32_t *>malloc(route.count * sizeof(uint32_t))
+        cdef uint32_t group = self.group_slot, i
+        cdef int code, from_last = self.from_last
+        cdef _Source source
+        if tables == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
+                                            tables)
+            if code == SB_TABLE_FULL:
+                raise _errors.LimitReached(
+                    f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
+                    f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
+            if code != SB_OK:
+                raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
+            for i in range(route.count):
+                source = known.get((route.topic_id, i))
+                if source is None:
+                    source = self.make_source(r, route, i, tables[i])
+                source.filter = tag_filter
+                sources.append(source)
+        finally:
+            free(tables)
+        return 0
+
+    cdef _Source make_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, uint32_t table):
+        cdef _Source source = _Source.__new__(_Source)
+        source.client = self.client
+        source.group = self.group
+        source.topic = route.name
+        source.table = table
+        source.group_slot = self.group_slot
+        source.queue_slot = route.slots[queue_id]
+        source.topic_slot = sb_queue_at(r, source.queue_slot).topic_slot
+        source.group_id = sb_group_at(r, self.group_slot).group_id
+        source.topic_id = route.topic_id
+        source.queue_id = queue_id
+        source.cursor.block = SB_NIL
+        return source
