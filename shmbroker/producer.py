@@ -9,6 +9,7 @@ import hashlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -22,12 +23,12 @@ from shmbroker.naming import check_group, check_topic
 Result = TypeVar("Result")
 QueueSelector = Callable[[Sequence[int], Message, Any], int]
 
-_completions = threading.Lock()  # held for a moment, to begin or end a producer's thread for callbacks
+_completions = threading.RLock()  # held for a moment, to begin a producer's thread for callbacks
 
 
 def _after_fork_in_child() -> None:
     global _completions  # noqa: PLW0603 - a thread that does not exist here may hold it
-    _completions = threading.Lock()
+    _completions = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -151,29 +152,37 @@ class Producer(ProducerCore):
         queue_id: int | None = None,
         dedup_key: str | bytes | None = None,
     ) -> None:
-        """Append now, in the order of the calls; tell ``callback`` when the message is as durable as promised.
+        """Append now; tell ``callback``, in the order of a thread's sends, when the message is as durable as promised.
 
-        Waits only for room in the ring. Bad input raises here; what happens later reaches ``on_exception``.
+        Waits only for room in the ring, or for callbacks to return if very many are due. Raises BadRequest, and
+        BrokerBusy if none has returned within the timeout; what happens later reaches ``on_exception``.
         """
         self._completion_of_this_process().send(
-            lambda: self._store_only(message, timeout, selector, argument, sharding_key, queue_id, dedup_key),
+            lambda left: self._store_only(message, left, selector, argument, sharding_key, queue_id, dedup_key),
             callback,
+            self.send_timeout_ns / 1e9 if timeout is None else timeout,
             self.sync_flush_timeout_ns if message.wait_store_ok else 0,
         )
 
     def _completion_of_this_process(self) -> Completion:
         with _completions:
-            if self._closed:
-                raise BrokerClosed("this producer was closed")
             if self._completion is None or self._completion_pid != os.getpid():
                 self._completion = Completion(self._settle)
                 self._completion_pid = os.getpid()
-            return self._completion
+                weakref.finalize(self, self._completion.end)  # a producer that is dropped leaves no thread behind
+            completion = self._completion
+        if self._closed:  # perhaps just now, by a signal handler
+            completion.end()
+        return completion
 
     # ---- life
 
     def close(self) -> None:
-        """Wait for the callbacks of what was sent, then refuse further sends. The broker goes on."""
+        """Wait for the callbacks of what was sent, and refuse further sends. The broker goes on.
+
+        From a signal handler that has interrupted a ``send_async`` of this producer it does not wait: that send ends,
+        and its callback is called, after the handler.
+        """
         with _completions:  # no send_async begins another one behind us
             self._closed = True
             completion = self._completion if self._completion_pid == os.getpid() else None

@@ -11,13 +11,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.processes import Child
-from support.running import QUICK, log_records, room_of, running, worker_pid
+from support.producing import Told, a_send_waits, bodies_of, count_of, fill_ring, records_of, stopped_flusher
+from support.running import QUICK, running
 from support.waiting import wait_until
 
 import shmbroker
@@ -39,7 +39,7 @@ from shmbroker import (
     ShmBrokerError,
     TopicNotExist,
 )
-from shmbroker.record import Record, decode_record
+from shmbroker.record import decode_record
 
 RING = 1 << 20
 SEGMENT = 3 << 19  # the ring's end lies in the middle of segments: records cross it
@@ -68,57 +68,6 @@ def topic(broker: Broker) -> str:
 def producer(broker: Broker) -> Iterator[Producer]:
     with broker.producer("test") as made:
         yield made
-
-
-@contextmanager
-def stopped_flusher(broker: Broker) -> Iterator[None]:
-    """The flusher stands still: nothing reaches the disk, the ring fills."""
-    pid = worker_pid(broker, "flusher")
-    region = broker.region
-    wait_until(lambda: region.get("user_capacity") >= region.get("tail") + region.ring_bytes, "room for a full ring")
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def records_of(broker: Broker, topic: str) -> list[Record]:
-    """The records of a topic in the order of the log."""
-    region = broker.region
-    tail = region.get("tail")
-    wait_until(lambda: region.get("flushed") >= tail, "everything on the disk")
-    topic_id = next(known["topic_id"] for known in broker.topics() if known["name"] == topic)
-    return [
-        record for record in log_records(broker.directory, tail) if record.topic_id == topic_id and record.kind == 1
-    ]
-
-
-def count_of(broker: Broker, topic: str) -> int:
-    """How many messages the topic has, flushed or not."""
-    (known,) = (known for known in broker.topics() if known["name"] == topic)
-    return sum(queue["next_offset"] for queue in known["queues"])
-
-
-def bodies_of(broker: Broker, topic: str) -> list[bytes]:
-    return [record.body for record in records_of(broker, topic)]
-
-
-def a_send_waits(broker: Broker) -> bool:
-    """Some thread sleeps until there is room in the ring."""
-    return any(waiter["kind"] == "space" and waiter["state"] == "waiting" for waiter in broker.region.waiters())
-
-
-def fill_ring(producer: Producer, topic: str, timeout: float = 0.0) -> list[bytes]:
-    """Send until the ring is full; the bodies that were accepted."""
-    sent: list[bytes] = []
-    while True:
-        body = f"{len(sent)} ".encode() + b"x" * 40_000
-        try:
-            producer.send(Message(topic, body), timeout)
-        except BrokerBusy:
-            return sent
-        sent.append(body)
 
 
 # ---- refusals: each its own class, nothing stored -------------------------------------------------------------------
@@ -462,69 +411,6 @@ def test_ctrl_c_ends_a_send_that_waits_for_room(broker: Broker, producer: Produc
     assert bodies_of(broker, topic) == sent
 
 
-# ---- asynchronous sends ----------------------------------------------------------------------------------------------
-
-
-class Told:
-    """Remembers what a callback was told, in order."""
-
-    def __init__(self, then: Callable[[], object] | None = None) -> None:
-        self.outcomes: list[SendResult | Exception] = []
-        self._then = then
-
-    def on_success(self, result: SendResult) -> None:
-        self.outcomes.append(result)
-        if self._then is not None:
-            self._then()
-
-    def on_exception(self, error: Exception) -> None:
-        self.outcomes.append(error)
-
-
-def test_callbacks_are_told_in_the_order_of_the_sends(broker: Broker, topic: str) -> None:
-    told = Told()
-    with broker.producer("test") as producer:
-        for number in range(200):
-            producer.send_async(Message(topic, b"%d" % number), told)
-    results = [outcome for outcome in told.outcomes if isinstance(outcome, SendResult)]
-    records = records_of(broker, topic)
-    assert [record.body for record in records] == [b"%d" % number for number in range(200)]
-    assert [result.message_id for result in results] == [record.message_id for record in records]
-    assert {result.status for result in results} == {SendStatus.SEND_OK}
-
-
-def test_what_was_not_stored_is_told_as_an_exception_in_its_turn(broker: Broker, topic: str) -> None:
-    told, sent = Told(), list[bytes]()
-    with broker.producer("test") as producer, stopped_flusher(broker):
-        while room_of(broker) >= 60_080:  # the rest has room for small ones, the broker's own as well
-            sent.append(b"%d " % len(sent) + b"x" * 10_000)
-            producer.send(Message(topic, sent[-1]))
-        producer.send_async(Message(topic, b"x" * 60_000), told, timeout=0.05)
-        producer.send_async(Message(topic, b"small"), told, timeout=0.05)
-        wait_until(lambda: len(told.outcomes) == 2, "both told")
-    assert isinstance(told.outcomes[0], BrokerBusy)
-    assert isinstance(told.outcomes[1], SendResult)
-    assert bodies_of(broker, topic) == [*sent, b"small"]
-
-
-def test_a_callback_that_raises_or_sends_silences_nobody(
-    broker: Broker, topic: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    told, again = Told(), Told()
-
-    def fail() -> None:
-        raise ZeroDivisionError
-
-    with broker.producer("test") as producer:
-        producer.send_async(Message(topic, b"raises"), Told(fail))
-        producer.send_async(Message(topic, b"sends"), Told(lambda: producer.send_async(Message(topic, b"sent"), again)))
-        producer.send_async(Message(topic, b"nobody is told"))
-        producer.send_async(Message(topic, b"last"), told)
-        wait_until(lambda: told.outcomes and again.outcomes, "all told")
-    assert sorted(bodies_of(broker, topic)) == [b"last", b"nobody is told", b"raises", b"sends", b"sent"]
-    assert "a send callback raised" in caplog.text
-
-
 # ---- durability ------------------------------------------------------------------------------------------------------
 
 
@@ -642,34 +528,6 @@ def test_a_fork_sends_under_an_identity_of_its_own(broker: Broker, topic: str) -
     records = records_of(broker, topic)
     assert [record.body for record in records] == [b"before", b"child", b"new", b"after"]
     assert [record.message_id for record in records] == [before, in_child, new_in_child, after]
-
-
-def test_a_fork_while_a_thread_begins_an_asynchronous_send_does_not_block_the_childs(
-    broker: Broker, topic: str
-) -> None:
-    source = """
-        import os, sys, threading, shmbroker, shmbroker.producer
-        producer = shmbroker.open(sys.argv[1]).producer("parent")
-        held, done = threading.Event(), threading.Event()
-
-        def hold():
-            with shmbroker.producer._completions:
-                held.set()
-                done.wait()
-
-        threading.Thread(target=hold).start()
-        held.wait()
-        child = os.fork()
-        if child == 0:
-            producer.send_async(shmbroker.Message(sys.argv[2], b"from the child"))
-            producer.close()
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        done.set()
-    """
-    with Child(source, broker.directory, topic) as child:
-        assert child.read_line() == "0"
-    assert bodies_of(broker, topic) == [b"from the child"]
 
 
 def test_spawned_processes_send_side_by_side(broker: Broker, topic: str, tmp_path: Path) -> None:

@@ -42,6 +42,18 @@ cdef TopicRoute find_route(sb_region *r, str topic):
             return route if route.count else None
 
 
+cdef object durability(Client client, uint64_t end, int64_t deadline_ns):
+    """The status of an append that ends at ``end``: table 1.2 of the master's own disk. It stands in memory whatever
+    comes now, so nothing that happens here is an error: a failed disk, a stopped broker are a timeout that comes at once."""
+    cdef int code
+    if not sb_load(&sb_marks(&client.region.r).sync_flush):
+        return SEND_OK
+    code = client.wait_position(SB_WAIT_FLUSH, end, deadline_ns)
+    if code == SB_FENCED:
+        raise code_error(&client.region.r, code, "sending")
+    return SEND_OK if code == SB_OK else FLUSH_DISK_TIMEOUT
+
+
 cdef class ProducerCore:
     """Sends messages. Subclass: shmbroker.producer.Producer, which resolves topics and chooses queues by policy."""
     cdef readonly Client client
@@ -197,17 +209,6 @@ cdef class ProducerCore:
             raise code_error(r, code, "sending")
         return code
 
-    cdef object durability(self, Client client, uint64_t end, int64_t deadline_ns):
-        """The status of an append that ends at ``end``: table 1.2 of the master's own disk. It stands in memory whatever
-        comes now, so nothing that happens here is an error: a failed disk, a stopped broker are a timeout that comes at once."""
-        cdef int code
-        if not sb_load(&sb_marks(&client.region.r).sync_flush):
-            return SEND_OK
-        code = client.wait_position(SB_WAIT_FLUSH, end, deadline_ns)
-        if code == SB_FENCED:
-            raise code_error(&client.region.r, code, "sending")
-        return SEND_OK if code == SB_OK else FLUSH_DISK_TIMEOUT
-
     # -- sending
 
     cdef uint32_t queue_for(self, TopicRoute route, Message message, selector, argument, sharding_key, queue_id) except? 0xffffffff:
@@ -282,7 +283,7 @@ cdef class ProducerCore:
                               queue_id, dedup_key):
         self.store(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
         if message.wait_store_ok:
-            result.status = self.durability(result.client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
+            result.status = durability(result.client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
         return result
 
     def send(self, Message message not None, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None,
@@ -304,9 +305,10 @@ cdef class ProducerCore:
     def _store_only(self, Message message not None, timeout, selector, argument, sharding_key, queue_id, dedup_key):
         return self.store(SendResult.__new__(SendResult), message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
 
-    def _settle(self, SendResult result not None, int64_t deadline_ns):
-        """The status of a stored send, waited for until ``deadline_ns`` of CLOCK_MONOTONIC."""
-        result.status = self.durability(result.client, result.end_position, deadline_ns)
+    @staticmethod
+    def _settle(SendResult result not None, int64_t deadline_ns):
+        """The status of a stored send, waited for until ``deadline_ns`` of CLOCK_MONOTONIC. Keeps no producer alive."""
+        result.status = durability(result.client, result.end_position, deadline_ns)
         return result
 
     def send_batch(self, messages, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
@@ -376,5 +378,5 @@ cdef class ProducerCore:
         result.client = client
         result.status = SEND_OK
         if first.wait_store_ok:
-            result.status = self.durability(client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
+            result.status = durability(client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
         return result
