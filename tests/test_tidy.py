@@ -150,6 +150,20 @@ def test_every_command_in_the_documents_exists() -> None:
     assert unknown == []
 
 
+def test_every_word_of_the_memory_is_used_by_the_code() -> None:
+    """A word that nobody reads or writes has a comment that nobody keeps true."""
+    native = ROOT / "shmbroker" / "_native"
+    layout = re.sub(r"/\*.*?\*/", "", (native / "layout.h").read_text(), flags=re.DOTALL)
+    declared = [part for words in re.findall(r"\bsb_(?:word|half) ([^;()]+);", layout) for part in words.split(",")]
+    words = {part.split("[")[0].strip() for part in declared}
+    assert {"tail", "deadline_ms", "word"} <= words
+    used = "\n".join(path.read_text() for path in [*native.glob("*.[ch]"), *native.glob("*.pxi")]
+                     if path.name not in ("layout.h", "native.pxi", "_core.c"))  # fmt: skip
+    assert {word for word in words - {"reserved"} if not re.search(rf"\b{word}\b", used)} == set()
+    constants = re.findall(r"#define (SB_\w+) ", layout)
+    assert [name for name in constants if len(re.findall(rf"\b{name}\b", layout + used)) < 2] == []
+
+
 def test_every_failpoint_is_registered_used_and_named_in_a_test() -> None:
     """One that no test names is a promise that nobody has tried."""
     code = {path: path.read_text() for path in SOURCES}

@@ -28,9 +28,7 @@ static int lock_append(sb_region *r, int64_t deadline_ns)
     pthread_mutex_t *mutex = &r->control->locks.append;
     int code = sb_mutex_try(mutex);
     for (int spin = 0; code == SB_LOCKED && spin < SPINS; spin++) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
+        sb_pause();
         code = sb_mutex_try(mutex);
     }
     if (code == SB_LOCKED && deadline_ns > 0) {

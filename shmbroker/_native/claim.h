@@ -43,15 +43,6 @@ static inline uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisib
 }
 #define SB_CLAIM_INVISIBLE_MAX_MS (12u * 3600u * 1000u)
 
-static inline void sb_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 static inline sb_word *sb_claim_place(const sb_region *r, sb_claims *c, uint64_t offset)
 {
     return &c->word[offset & (r->limits.claim_window - 1u)];

@@ -26,7 +26,7 @@ int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t in
         sb_store(&c->start_ticks, start_ticks);
         sb_store(&c->incarnation, incarnation);
         sb_store(&c->attached_ns, (uint64_t)sb_now_ns());
-        sb_word *zero[] = {&c->last_sequence, &c->sends, &c->receives, &c->acks};
+        sb_word *zero[] = {&c->sends, &c->receives, &c->acks};
         for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
             sb_store(zero[z], 0);
         }
@@ -86,13 +86,15 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
         return SB_INVALID;
     }
     sb_client *c = sb_client_at(r, slot);
+    /* No two reap a slot at once: its owner does while it lives, the janitor once it is dead, and there is one janitor, by
+     * the lock of its role. One that was killed in here left DEAD: the next passes the CAS and does it all again. */
     uint64_t word = sb_load(&c->state);
     uint32_t pid = sb_client_pid_of(word);
     if (sb_client_generation_of(word) != generation || sb_client_state_of(word) == SB_CLIENT_FREE) {
         return SB_GONE;
     }
     if (!sb_cas(&c->state, &word, client_word(pid, generation, SB_CLIENT_DEAD))) {
-        return SB_GONE; /* somebody else reaps it */
+        return SB_GONE; /* it came to life, or went, since we looked */
     }
     (void)sb_append_lock_check(r);
     *released = give_back(r, slot, SB_NIL);

@@ -25,18 +25,16 @@
 #include <stdint.h>
 
 #define SB_MAGIC 0x524b4f52424d4853ull /* "SHMBROKR" in memory order */
-#define SB_LAYOUT_VERSION 1u
+#define SB_LAYOUT_VERSION 2u
 #define SB_RECORD_VERSION 1u
 
 #define SB_LINE 128u /* two cache lines: neighbours are prefetched in pairs */
 #define SB_NIL 0xffffffffu
 #define SB_NAME_BYTES 256u        /* %RETRY% topics reach 255 bytes, and a NUL */
 #define SB_GROUP_RECORDS_MAX 1024u /* records of one atomic group (R18) */
-#define SB_GROUP_QUEUES_MAX 64u    /* queues that one group may touch */
 #define SB_UNDO_MAX 4096u
 #define SB_ID_WINDOW 64u /* sequences remembered per client (R17) */
 #define SB_BLOCK_ENTRIES 128u
-#define SB_BLOCK_SHIFT 7u
 #define SB_ROLES_MAX 8u
 #define SB_SUBSCRIPTION_BYTES 512u
 #define SB_CLIENT_WORDS 64u /* bitmap words: at most 4096 clients */
@@ -64,7 +62,8 @@ typedef _Atomic uint32_t sb_half;
  * as covered (R2). unflushed: position - flushed at the moment of the append: says what the writer knew to be on the
  * disk (R1). born: CLOCK_REALTIME of the producer. tags, keys, props: byte counts. att: delivery attempts made before.
  * group bytes: in the first record of a group of several, the padded size of the whole group; else 0 (R18).
- * A record never crosses the end of a segment; fewer than 80 bytes left there are zeros, more are a FILLER record.
+ * A record never crosses the end of a segment; fewer than 80 bytes left there are zeros that nobody reads, more are a
+ * FILLER record.
  */
 #define SB_RECORD_HEADER 80u
 #define SB_RECORD_ALIGN 8u
@@ -159,7 +158,6 @@ typedef struct {
     _Alignas(SB_LINE) sb_word indexed;       /* writer: dispatcher. Key index holds all before it */
     sb_word kept;                            /* writer: retention. First position that still has a segment */
     sb_word snapshot;                        /* writer: dispatcher. Begin of the newest complete snapshot */
-    sb_word last_append_ns;                  /* unused by the hot path; written by system appends */
     _Alignas(SB_LINE) sb_word state;   /* enum sb_state; writer: supervisor */
     sb_word store_state;               /* enum sb_store_state; writer: flusher */
     sb_word store_errno;               /* why; valid when store_state is not SB_STORE_OK */
@@ -173,8 +171,6 @@ typedef struct {
     sb_word embedded;                  /* 1: leave when the last client goes */
     sb_word next_topic_id;             /* definition lock */
     sb_word next_group_id;             /* definition lock */
-    sb_word next_incarnation_salt;
-    sb_word claimable_hint;            /* bumped by whoever makes claims available again: sleepers re-check */
     sb_word waiters_high;              /* wait slots ever taken: scans stop here; only grows */
     sb_word lock_takeovers;            /* append lock found with a dead owner, counted for `status` */
     sb_word ids_remembered;            /* append lock, undo scope: the next entry of the id window, modulo its size */
@@ -212,7 +208,6 @@ typedef struct {
     sb_word start_ticks;
     sb_word starts;  /* how often this role was started */
     sb_word beat_ns; /* CLOCK_MONOTONIC, once per loop */
-    sb_word counter[4];
 } sb_worker;
 
 enum sb_role {
@@ -227,7 +222,6 @@ typedef struct {
     sb_word pid;
     sb_word start_ticks; /* identity with the header's boot id and pid namespace: never pid alone (D1) */
     sb_word incarnation; /* first half of the ids of its messages */
-    sb_word last_sequence;
     sb_word attached_ns;
     sb_word sends; /* writer: the client; for `status` */
     sb_word receives;

@@ -124,7 +124,6 @@ cdef extern from "layout.h" nogil:
         sb_word pid
         sb_word start_ticks
         sb_word incarnation
-        sb_word last_sequence
         sb_word attached_ns
         sb_word sends
         sb_word receives
@@ -186,6 +185,7 @@ cdef extern from "region.h" nogil:
     sb_queue *sb_queue_at(const sb_region *r, uint32_t i)
     sb_group *sb_group_at(const sb_region *r, uint32_t i)
     uint64_t sb_load(const sb_word *w)
+    uint64_t sb_load_last(const sb_word *w)
     void sb_store(sb_word *w, uint64_t v)
     void sb_raise(sb_word *w, uint64_t v)
     void sb_fence()

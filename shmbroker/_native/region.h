@@ -40,6 +40,12 @@ static inline uint64_t sb_word_offset(const sb_region *r, const sb_word *w) { re
 
 /* Loads and stores, named so that the code reads as its reasoning. */
 static inline uint64_t sb_load(const sb_word *w) { return atomic_load_explicit(w, memory_order_acquire); }
+/* Behind all that the caller has read: for a copy that this word says afterwards whether to believe (R8). */
+static inline uint64_t sb_load_last(const sb_word *w)
+{
+    atomic_thread_fence(memory_order_acquire);
+    return sb_load(w);
+}
 static inline uint64_t sb_peek(const sb_word *w) { return atomic_load_explicit(w, memory_order_relaxed); }
 static inline void sb_store(sb_word *w, uint64_t v) { atomic_store_explicit(w, v, memory_order_release); }
 static inline int sb_cas(sb_word *w, uint64_t *expected, uint64_t v)
@@ -48,6 +54,14 @@ static inline int sb_cas(sb_word *w, uint64_t *expected, uint64_t v)
 }
 static inline void sb_add(sb_word *w, uint64_t n) { atomic_fetch_add_explicit(w, n, memory_order_relaxed); }
 static inline void sb_fence(void) { atomic_thread_fence(memory_order_seq_cst); }
+static inline void sb_pause(void) /* in a loop that waits for another processor */
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 static inline void sb_raise(sb_word *w, uint64_t v) /* grow-only */
 {
     uint64_t now = sb_load(w);

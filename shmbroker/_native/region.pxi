@@ -256,7 +256,7 @@ cdef class Region:
         }
 
     def get(self, str word):
-        return sb_load(mark(self.open(), word))
+        return sb_load_last(mark(self.open(), word))  # SYNC: write_limit, of what was read in ring_view()
 
     def set(self, str word, uint64_t value):
         cdef sb_region *r = self.open()

@@ -9,8 +9,7 @@
 /* Valid iff, after the copy, nobody had begun to overwrite it. SYNC: write_limit */
 static int still_there(const sb_region *r, uint64_t position)
 {
-    atomic_thread_fence(memory_order_acquire);
-    return sb_load(&sb_marks(r)->write_limit) - position <= r->ring_bytes;
+    return sb_load_last(&sb_marks(r)->write_limit) - position <= r->ring_bytes;
 }
 
 int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
