@@ -54,12 +54,12 @@ int sb_append_settle(sb_region *r, int64_t deadline_ns)
     return code;
 }
 
-int sb_append_read_offsets(sb_region *r, int64_t deadline_ns, uint64_t *next)
+int sb_append_read_offsets(sb_region *r, const uint32_t *queues, uint32_t count, int64_t deadline_ns, uint64_t *next)
 {
     int code = lock_append(r, deadline_ns);
     if (code == SB_OK) {
-        for (uint32_t i = 0; i < r->limits.queues; i++) {
-            next[i] = sb_peek(&sb_queue_at(r, i)->next_offset);
+        for (uint32_t i = 0; i < count; i++) {
+            next[i] = sb_peek(&sb_queue_at(r, queues ? queues[i] : i)->next_offset);
         }
         sb_mutex_unlock(&r->control->locks.append);
     }

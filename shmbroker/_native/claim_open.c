@@ -109,18 +109,24 @@ static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
 int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
                          uint32_t *tables)
 {
-    if (group >= r->limits.groups || count == 0) {
+    if (group >= r->limits.groups || count == 0 || count > SB_QUEUES_PER_TOPIC_MAX) {
         return SB_INVALID;
     }
     int code = sb_definition_lock(r, deadline_ns);
     if (code != SB_OK) {
         return code;
     }
-    int behind = from_last && !knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id);
+    uint64_t base[SB_QUEUES_PER_TOPIC_MAX];
+    if (from_last && !knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id)) {
+        code = sb_append_read_offsets(r, queues, count, deadline_ns, base); /* definition lock, then append lock: as definers do */
+    } else {
+        for (uint32_t i = 0; i < count; i++) {
+            base[i] = sb_load(&sb_queue_at(r, queues[i])->first_offset);
+        }
+    }
     for (uint32_t i = 0; i < count && code == SB_OK; i++) {
-        const sb_queue *q = sb_queue_at(r, queues[i]);
         int created;
-        code = find_or_create(r, group, queues[i], sb_load(behind ? &q->next_offset : &q->first_offset), &tables[i], &created);
+        code = find_or_create(r, group, queues[i], base[i], &tables[i], &created);
     }
     sb_definition_unlock(r);
     return code;

@@ -246,7 +246,7 @@ cdef extern from "ring.h" nogil:
     int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count, const sb_effect *effects,
                        uint32_t effect_count, uint32_t options, int64_t deadline_ns, uint64_t *end, uint32_t *waiter)
     void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
-    int sb_append_read_offsets(sb_region *r, int64_t deadline_ns, uint64_t *next)
+    int sb_append_read_offsets(sb_region *r, const uint32_t *queues, uint32_t count, int64_t deadline_ns, uint64_t *next)
     int sb_append_lock_check(sb_region *r)
     int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size)
     int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)

@@ -488,7 +488,7 @@ cdef class Region:
             raise MemoryError
         try:
             with nogil:
-                code = sb_append_read_offsets(r, deadline, offsets)
+                code = sb_append_read_offsets(r, NULL, r.limits.queues, deadline, offsets)
             if code != SB_OK:
                 raise code_error(r, code, "reading the queues' offsets")
             return self.list_topics(offsets)

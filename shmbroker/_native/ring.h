@@ -50,8 +50,9 @@ int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64
 
 /* Wait for the append lock and give it back: behind it no append is half made. SB_OK | SB_TIMEOUT | SB_BROKEN */
 int sb_append_settle(sb_region *r, int64_t deadline_ns);
-/* Next offsets of all queues at one moment between two appends: next[limits.queues]. Codes as above. */
-int sb_append_read_offsets(sb_region *r, int64_t deadline_ns, uint64_t *next);
+/* Next offsets of `count` queues, given by slot, at one moment between two appends; queues NULL: of the slots 0, 1, ...
+ * Whoever looks without the lock may see what an append counted that dies before it exists. Codes as above. */
+int sb_append_read_offsets(sb_region *r, const uint32_t *queues, uint32_t count, int64_t deadline_ns, uint64_t *next);
 /* Try-lock, repair if its owner died, unlock. Returns 1 if a dead owner was found. */
 int sb_append_lock_check(sb_region *r);
 

@@ -298,6 +298,24 @@ static void a_topic_whose_creator_was_killed_exists_whole_or_not_at_all(void)
     }
 }
 
+/* The dead sender's message has an offset, but never existed: the message sent next gets that offset. */
+static void a_group_made_behind_the_last_message_does_not_count_one_that_never_was(void)
+{
+    const int kills[] = {SB_FP_append_effects, SB_FP_append_published};
+    for (uint64_t published = 0; published < 2; published++) {
+        uint32_t tables[QUEUES];
+        setup();
+        sb_group_at(&b.r, 1)->group_id = 11;
+        const uint64_t before = sb_load(&sb_queue_at(&b.r, b.slot[0])->next_offset);
+        CHECK(kill_at(kills[published], 1));
+        CHECK(sb_load(&sb_queue_at(&b.r, b.slot[0])->next_offset) > before);
+        CHECK_EQ(sb_claims_open_topic(&b.r, 1, b.slot, QUEUES, 1, sb_now_ns() + BROKER_SECOND_NS, tables), SB_OK);
+        CHECK_EQ(sb_load(&sb_claims_at(&b.r, tables[0])->base), before + published * (RECORDS / QUEUES));
+        check_invariants(&b);
+        broker_close(&b);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const check_test tests[] = {
@@ -308,6 +326,7 @@ int main(int argc, char **argv)
         TEST(a_garbled_undo_area_is_not_followed_outside),
         TEST(a_stopped_writer_blocks_writers_until_their_deadline_and_nobody_else),
         TEST(a_topic_whose_creator_was_killed_exists_whole_or_not_at_all),
+        TEST(a_group_made_behind_the_last_message_does_not_count_one_that_never_was),
     };
     return CHECK_MAIN(tests);
 }
