@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import signal
+import struct
 import threading
 from pathlib import Path
 
 import pytest
-from support.consuming import ALL, asleep, bodies_of, drain, numbered, send
+from support.consuming import ALL, CONSUMER, asleep, bodies_of, drain, numbered, send
 from support.processes import SMALL, Child, stop_broker
-from support.running import QUICK, lose_memory, running
+from support.running import QUICK, lose_memory, running, wait_word
 from support.waiting import wait_until
 
 import shmbroker
-from shmbroker import BrokerClosed, CorruptLog, Message
+from shmbroker import BrokerClosed, CorruptLog, Message, SimpleConsumer
 from shmbroker.broker import Broker
-from shmbroker.naming import segment_name
+from shmbroker.descriptor import read_descriptor
+from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES
 
 DRAINING = 3  # enum sb_state
@@ -131,3 +135,66 @@ def test_what_only_the_files_have_is_read_after_the_memory_was_lost(directory: P
         send(broker, b"new")
         assert drain(consumer, 501) == [*numbered(500), b"new"]
         assert consumer.receive(1, wait=0.0) == []
+
+
+class Interrupted(SimpleConsumer):
+    """The third time that it reads a record or a window from the files, Ctrl-C comes or the read fails."""
+
+    def __init__(self, broker: Broker, where: str, failure: str) -> None:
+        super().__init__(broker, "audit", ALL)
+        self._where, self._failure, self._left = where, failure, 3
+
+    def _may_fail(self, here: str) -> None:
+        self._left -= here == self._where
+        if self._left == 0 and here == self._where:
+            if self._failure == "Ctrl-C":
+                signal.raise_signal(signal.SIGINT)
+            raise OSError("no more descriptors")
+
+    def _read_window(self, position: int) -> bytes:
+        self._may_fail("window")
+        return b"" if self._where == "record" else super()._read_window(position)  # as of a larger record
+
+    def _read_at(self, position: int) -> bytes | None:
+        self._may_fail("record")
+        return super()._read_at(position)
+
+
+@pytest.mark.parametrize("where", ["window", "record"])
+@pytest.mark.parametrize(("failure", "raised"), [("Ctrl-C", KeyboardInterrupt), ("OSError", OSError)])
+def test_a_receive_that_is_interrupted_gives_back_all_that_it_had_claimed(
+    directory: Path, where: str, failure: str, raised: type[BaseException]
+) -> None:
+    bodies = [b"%06d" % i + bytes(2000) for i in range(2000)]  # several times the ring, and windows
+    with running(directory, claim_window=2048) as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *bodies)
+        with Interrupted(broker, where, failure) as consumer:
+            with pytest.raises(raised):
+                consumer.receive(2000, invisible=3600.0)
+            assert [table["held"] for table in broker.region.progress()] == [0]
+            got = consumer.receive(2000)
+            assert bodies_of(got) == bodies
+            assert {message.delivery_attempt for message in got} == {1}, "nobody had them before"
+
+
+def test_an_index_that_makes_no_sense_keeps_a_consumer_neither_from_messages_nor_from_signals(
+    directory: Path,
+) -> None:
+    """The chain of a queue's index leads nowhere: the files have what it should have led to."""
+    with running(directory) as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *numbered(5))
+        wait_word(broker, "dispatched", broker.region.get("tail"))
+        descriptor = read_descriptor(BrokerPaths(directory))
+        assert descriptor is not None
+        with (
+            Path(f"/dev/shm/{descriptor.control}").open("r+b") as control,
+            mmap.mmap(control.fileno(), 0) as memory,
+        ):
+            (queues_at,) = struct.unpack_from("<Q", memory, 256 + 12 * 4 + 4 * 8)  # sb_limits, behind the header
+            struct.pack_into("<Q", memory, queues_at + 2 * 8, 0xDEADBEEF)  # sb_queue.oldest_block
+        with Child(CONSUMER, directory) as consumer:
+            assert consumer.read_line() == "ready"
+            consumer.write_line("ack 5")
+            assert consumer.read_line().split() == ["0", "1", "2", "3", "4"]

@@ -76,26 +76,13 @@ cdef class ConsumerCore(_Member):
         try:
             self._write_attempts(self.progress_of(client.check(), out))
         except BaseException:
-            self.take_back(out)
+            give_back(out)
             raise
         deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), invisible_ms)
         for message in out:  # whose claim is over by now, since this process was stopped meanwhile, is another's
             if self.decide(&client.region.r, message, True, deadline_ms) == SB_OK:
                 kept.append(message)
         return kept
-
-    cdef int take_back(self, list out) except -1:
-        """Claims that the application was not told of go back to the group, uncounted."""
-        cdef ReceivedMessage message
-        cdef _Source source
-        cdef sb_region *r
-        for message in out:
-            source = message.source
-            r = &source.client.region.r
-            if source.is_current(r):
-                sb_claim_release(r, source.table, message.header().queue_offset, message.receipt, source.client.slot)
-                sb_wake_group(r, source.topic_slot, source.group_slot)
-        return 0
 
     cdef list wait_for(self, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
         cdef Client client = self.client

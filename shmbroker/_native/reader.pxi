@@ -8,8 +8,9 @@ cdef enum:
 # One look for messages: how far they are visible, and from when until when what it finds is claimed.
 ctypedef struct Look:
     uint64_t limit
-    uint32_t now_ms
-    uint32_t deadline_ms
+    uint32_t now_ms, deadline_ms
+    sb_claim claim
+    bint claimed  # `claim` is held for a message that is not among those found yet
 
 cdef uint64_t visible_limit(sb_region *r) noexcept:
     """Messages before it may be delivered. Loaded before anything it limits (R8)."""
@@ -60,15 +61,16 @@ cdef class _QueueReader:
 
     # -- one message
 
-    cdef int claim(self, sb_region *r, _Source source, uint64_t offset, Look *look, sb_claim *claim) noexcept:
+    cdef int claim(self, sb_region *r, _Source source, uint64_t offset, Look *look) noexcept:
         """SB_OK, SB_LOST, or SB_NO_SPACE: window and overflow table are full of unacked claims (status names whose)."""
         cdef uint32_t slot = self.client.slot
-        cdef int code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, claim)
+        cdef int code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
         if code == SB_NO_SPACE:
             if sb_claim_overflow(r, source.table, offset) == SB_OK:
-                code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, claim)
+                code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
             else:
                 sb_add(&sb_claims_at(r, source.table).refused, 1)
+        look.claimed = code == SB_OK
         return code
 
     cdef int skip(self, sb_region *r, _Source source, uint64_t offset) noexcept:
@@ -103,20 +105,27 @@ cdef class _QueueReader:
     cdef int deliver(self, sb_region *r, _Source source, uint64_t offset, uint64_t position, Look *look, list out) except -100:
         """Filter, claim, copy the message that index or consume queue place at ``position``. SB_NO_SPACE: stop."""
         cdef sb_record header
-        cdef sb_claim claim
-        cdef uint32_t size = 0
-        cdef bytes record = None
-        cdef int claimed, code = sb_ring_peek(r, position, &header)
+        cdef int code = sb_ring_peek(r, position, &header)
+        cdef uint32_t size
         if code != SB_OK:
             code = self.peek_window(r, position, &header)
         if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
             return self.skip(r, source, offset)
-        claimed = self.claim(r, source, offset, look, &claim)
-        if claimed != SB_OK:
-            return claimed
+        size = header.size if code == SB_OK else 0
+        code = self.claim(r, source, offset, look)
         if code == SB_OK:
-            record = PyBytes_FromStringAndSize(NULL, header.size)
-            code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(record), header.size, &size)
+            self.fetch(r, source, position, size, &look.claim, out)
+            look.claimed = False
+        return code
+
+    cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, sb_claim *claim, list out) except -1:
+        """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible
+        time is over; its neighbours are delivered."""
+        cdef bytes record = None
+        cdef int code = SB_END
+        if size:
+            record = PyBytes_FromStringAndSize(NULL, size)
+            code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(record), size, &size)
             if code != SB_OK:
                 code = self.copy_window(r, position, record)
         if code != SB_OK:
@@ -124,17 +133,16 @@ cdef class _QueueReader:
                 record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
             except _errors.CorruptLog as error:
                 self.corrupt = error
-                return SB_OK  # it stays claimed until its invisible time is over; its neighbours are delivered
-            if record is None:
-                self.lose(r, source, &claim)
-                return SB_OK
-        if not self.is_message(source, record, offset):
+                return 0
+        if record is None:
+            self.lose(r, source, claim)
+        elif source.has_message(record, claim.offset):
+            self.accept(r, source, record, claim, out)
+        else:
             self.corrupt = _errors.CorruptLog(
-                f"the record at position {position} is not message {offset} of queue {source.queue_id} of topic "
+                f"the record at position {position} is not message {claim.offset} of queue {source.queue_id} of topic "
                 f"{source.topic!r}: `shmbroker log rebuild` compares the consume queue with the log", position=position)
-            return SB_OK
-        self.accept(r, source, record, &claim, out)
-        return SB_OK
+        return 0
 
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
@@ -172,20 +180,13 @@ cdef class _QueueReader:
         memcpy(PyBytes_AS_STRING(record), data, len(record))
         return SB_OK
 
-    cdef bint is_message(self, _Source source, bytes record, uint64_t offset):
-        cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
-        return (h.kind == SB_KIND_MESSAGE and h.topic_id == source.topic_id and h.queue_id == source.queue_id
-                and h.queue_offset == offset)
-
     # -- one queue
 
     cdef int collect_from(self, sb_region *r, _Source source, Look *look, Py_ssize_t room, list out) except -1:
         """Released messages, oldest first, then fresh ones, until ``out`` has ``room``."""
-        cdef uint64_t offsets[RUN_MAX]
-        cdef uint64_t offset
+        cdef uint64_t offset, offsets[RUN_MAX]
         cdef uint32_t found, i, taken = 0
         cdef Py_ssize_t before = len(out)
-        cdef int code
         found = sb_claim_released(r, source.table, look.now_ms, offsets, <uint32_t>min(room - len(out), RUN_MAX))
         for i in range(found):
             self.collect_run(r, source, offsets[i], look, len(out) + 1, out)
@@ -201,8 +202,7 @@ cdef class _QueueReader:
     cdef int collect_run(self, sb_region *r, _Source source, uint64_t offset, Look *look, Py_ssize_t room,
                          list out) except -1:
         """Consecutive messages from ``offset`` on."""
-        cdef uint64_t positions[RUN_MAX]
-        cdef uint64_t start = offset
+        cdef uint64_t start = offset, positions[RUN_MAX]
         cdef uint32_t found = 0, i
         cdef int code = SB_OK
         cdef Py_ssize_t want
@@ -210,7 +210,7 @@ cdef class _QueueReader:
         while len(out) < room and code != SB_NO_SPACE:
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
-            if code == SB_BEHIND:
+            if code == SB_BEHIND or code == SB_AGAIN:  # left the index, or does not come to rest there: the files know
                 code = self.collect_behind(r, source, &offset, look, want, room, out)
                 if code == SB_END:
                     break
@@ -222,8 +222,6 @@ cdef class _QueueReader:
                     offset += 1
                     if len(out) >= room:
                         break
-            elif code == SB_AGAIN:
-                continue
             else:
                 break
             if alone:
@@ -307,17 +305,25 @@ cdef class _QueueReader:
         cdef list out = []
         cdef list sources = self.sources
         cdef Py_ssize_t count = len(sources), i
+        cdef _Source source
         cdef Look look
+        look.claimed = False
         look.limit = visible_limit(r)  # SYNC: tail
         look.now_ms = <uint32_t>(sb_now_ns() // 1_000_000)
         look.deadline_ms = sb_claim_deadline_after(look.now_ms, invisible_ms)
         self.turn += 1
         self.stalled = False
         for i in range(count):
+            source = <_Source>sources[(self.turn + i) % count]
             try:
-                self.collect_from(r, <_Source>sources[(self.turn + i) % count], &look, room, out)
+                self.collect_from(r, source, &look, room, out)
             except _errors.CorruptLog as error:  # of one queue's files: the other queues go on
                 self.corrupt = error
+            except BaseException:  # Ctrl-C, no descriptors left: nobody is told of what was found
+                if look.claimed:
+                    source.give_back(look.claim.offset, look.claim.word)
+                give_back(out)
+                raise
             if len(out) >= room:
                 break
         if self.corrupt is not None and not out:

@@ -79,6 +79,19 @@ cdef class _Source:
         return (sb_load(&c.state) == SB_SLOT_LIVE and c.group_id == self.group_id and c.topic_id == self.topic_id
                 and c.queue_id == self.queue_id)
 
+    cdef bint has_message(self, bytes record, uint64_t offset):
+        cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
+        return (h.kind == SB_KIND_MESSAGE and h.topic_id == self.topic_id and h.queue_id == self.queue_id
+                and h.queue_offset == offset)
+
+    cdef int give_back(self, uint64_t offset, uint64_t receipt) noexcept:
+        """A claim that the application was not told of goes back to the group, uncounted."""
+        cdef sb_region *r = &self.client.region.r
+        if self.is_current(r):
+            sb_claim_release(r, self.table, offset, receipt, self.client.slot)
+            sb_wake_group(r, self.topic_slot, self.group_slot)
+        return 0
+
 
 @cython.freelist(1024)
 @cython.no_gc  # refers to bytes and to a _Source, which never refers back
@@ -165,3 +178,11 @@ cdef class ReceivedMessage:
             return "ReceivedMessage(of another process)"
         return (f"ReceivedMessage({self.message_id}, {self.topic}[{self.queue_id}] offset {self.queue_offset}, "
                 f"attempt {self.delivery_attempt})")
+
+
+cdef int give_back(list messages) except -1:
+    """Claims of messages that the application was not told of go back to the group, uncounted."""
+    cdef ReceivedMessage message
+    for message in messages:
+        message.source.give_back(message.header().queue_offset, message.receipt)
+    return 0
