@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -225,6 +226,18 @@ class Broker:
             self._closed = True
             self._attached.close()
             self._close_files()
+
+    def __del__(self) -> None:
+        """Nobody uses it any more, nor what was made here: as a file does, give back what close would, and say so.
+
+        Without this the thread that watches the supervisor would keep the client slot for as long as the process lives.
+        """
+        if getattr(self, "_closed", True) or self._attached.pid != os.getpid():
+            return
+        self._attached.close()
+        self._close_files()
+        text = f"unclosed broker of {self._paths.directory}: close it, or open it in a with statement"
+        warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     def __enter__(self) -> Self:
         return self
