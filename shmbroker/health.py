@@ -65,6 +65,7 @@ def of_running(region: Region, descriptor: Descriptor, paths: BrokerPaths) -> di
             "error": os.strerror(error) if error else "",
             "remedy": _STORE_REMEDIES.get(store, ""),
         },
+        "damaged_at": _damage(region),
         "workers": [_worker(worker) for worker in region.workers()],
         "clients": [_client(client) for client in region.clients() if client["live"]],
         "append_lock": {"holder": _process(region.lock_holder()), "takeovers": region.get("lock_takeovers")},
@@ -96,6 +97,12 @@ def findings(health: dict[str, Any]) -> list[str]:
     store = health["store"]
     if store["state"] != "ok":
         found.append(f"the store is {store['state']} ({store['error'] or 'no errno'}): {store['remedy']}")
+    if health["damaged_at"] is not None:
+        found.append(
+            f"the log is damaged at position {health['damaged_at']}: what can be read is served, what cannot raises "
+            "CorruptLog. `shmbroker log verify` shows the extent; restore a backup, or stop the broker and "
+            "`shmbroker log repair`, which cuts the log there and keeps a copy"
+        )
     roles = {worker["role"]: worker for worker in health["workers"]}
     for role in EXPECTED_ROLES:
         worker = roles.get(role)
@@ -114,6 +121,12 @@ def findings(health: dict[str, Any]) -> list[str]:
     if health["ring"]["fill"] > RING_NEARLY_FULL:
         found.append("the ring is nearly full of what is not on the disk yet: the disk is slower than the producers")
     return found
+
+
+def _damage(region: Region) -> int | None:
+    """The first damaged place that dispatcher or consumers met in the log, as long as retention has not taken it."""
+    position = region.get("damaged") - 1
+    return position if position >= region.get("kept") else None
 
 
 def memory_use(descriptor: Descriptor) -> dict[str, Any]:

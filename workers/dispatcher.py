@@ -15,6 +15,7 @@ from typing import Final
 
 from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
 from shmbroker.delivery.upkeep import Upkeep
+from shmbroker.errors import CorruptLog
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
@@ -76,14 +77,17 @@ def allow_open_files(queues: int) -> int:
 
 
 def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
-    """One pass. On a full disk it waits for room: retention makes some, consumers go on with what is in memory."""
+    """One pass. On a full disk it waits for room: retention makes some, consumers go on with what is in memory.
+
+    So it does with a file of the consume queues that is damaged, and only a stop and `log rebuild` can mend.
+    """
     try:
         done = dispatcher.step()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, CorruptLog) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if not dispatcher.starved:
-            worker.log.warning("consume queues wait for room on the disk: %s", error)
+            worker.log.warning("consume queues cannot be written for now: %s", error)
         dispatcher.starved = True
         worker.sleep(common.SLEEP_TICK, 0, NO_SPACE_PAUSE)
         return False

@@ -223,6 +223,8 @@ class Region:
     def raise_to(self, word: str, value: int) -> int:
         """Grow-only store; returns the value now."""
 
+    def note_damage(self, position: int) -> None:
+        """The log is damaged at ``position``. The first such call sets the word ``damaged`` to 1 + position."""
     def ring_view(self) -> memoryview:
         """Read-only view of the ring mapped twice (2 * ring_bytes): index with position & (ring_bytes - 1)."""
     def read_raw(self, position: int) -> bytes | None:

@@ -173,6 +173,7 @@ typedef struct {
     sb_word next_group_id;             /* definition lock */
     sb_word waiters_high;              /* wait slots ever taken: scans stop here; only grows */
     sb_word lock_takeovers;            /* append lock found with a dead owner, counted for `status` */
+    sb_word damaged;                   /* 1 + position of the first damage that somebody met in the log, by CAS; 0 none */
     sb_word ids_remembered;            /* append lock, undo scope: the next entry of the id window, modulo its size */
 } sb_watermarks;
 

@@ -1,5 +1,11 @@
 # marks.pxi: the words of sb_watermarks by name, for workers and tools.
 
+cdef void note_damage(sb_region *r, uint64_t position) noexcept:
+    """The log is damaged at ``position``: `status` says so. Who met damage first is believed."""
+    cdef uint64_t nothing = 0
+    sb_cas(&sb_marks(r).damaged, &nothing, position + 1)
+
+
 cdef sb_word *mark(sb_region *r, str name) except NULL:
     cdef sb_watermarks *m = sb_marks(r)
     if name == "tail":
@@ -48,6 +54,8 @@ cdef sb_word *mark(sb_region *r, str name) except NULL:
         return &m.next_topic_id
     if name == "next_group_id":
         return &m.next_group_id
+    if name == "damaged":
+        return &m.damaged
     if name == "lock_takeovers":
         return &m.lock_takeovers
     raise KeyError(name)

@@ -102,6 +102,7 @@ cdef extern from "layout.h" nogil:
         sb_word next_topic_id
         sb_word next_group_id
         sb_word waiters_high
+        sb_word damaged
         sb_word lock_takeovers
     ctypedef struct pthread_mutex_t:
         pass

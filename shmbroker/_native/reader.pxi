@@ -133,6 +133,7 @@ cdef class _QueueReader:
                 record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
             except _errors.CorruptLog as error:
                 self.corrupt = error
+                note_damage(r, position)
                 return 0
         if record is None:
             self.lose(r, source, claim)

@@ -274,6 +274,9 @@ cdef class Region:
         sb_raise(w, value)
         return sb_load(w)
 
+    def note_damage(self, uint64_t position):
+        note_damage(self.open(), position)
+
     def ring_view(self):
         self.open()
         return memoryview(_RingBuffer(self))

@@ -7,19 +7,27 @@ Order, and what a crash leaves: entries first, then the watermark. A dispatcher 
 ``dispatched``, which its successor writes again with the same bytes; readers stop at the watermark. It also leaves
 entries before it that nobody has synced, and which may look clean (F1, F2): so the successor begins at the newest
 checkpoint's ``dispatched``, and no checkpoint names more than its own dispatcher has written.
+
+Damage that is met in the log is marked (``damaged``) and passed over to the next sound record: whoever dies of it meets
+it again, and what lies behind it is sound. Recovery refuses such a log where it reads it; here it is what the disk has
+lost since, or before the part that recovery reads.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import Final, NamedTuple
 
-from shmbroker._native._core import Region, decode_record, dispatch_scan
+from shmbroker._native._core import Region, decode_record, dispatch_scan, find_record
+from shmbroker.errors import CorruptLog
 from shmbroker.failpoint import failpoint
-from shmbroker.record import RECORD_HEADER_BYTES, Record, RecordKind, TopicBody
+from shmbroker.record import RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, Record, RecordKind, TopicBody
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.consume_queue import ConsumeQueues
+from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 from shmbroker.store.key_index import KeyIndex
+
+logger = logging.getLogger("shmbroker.dispatcher")
 
 PASS_BYTES: Final = 4 << 20
 PASS_RECORDS: Final = 65_536
@@ -28,6 +36,7 @@ _OFFERS_MAX: Final = 1024
 _OFFERED_MARKS_MAX: Final = 131_072
 _INDEX_BATCH: Final = 2_000
 _COMMIT_ENTRIES: Final = 20_000
+_EPOCH_MAX: Final = 2**32 - 1
 
 
 class Scan(NamedTuple):
@@ -78,6 +87,22 @@ class Source:
             raise self._log.explain(position, f"no valid record, though the log goes on to {end}")
         return found
 
+    def note(self, damage: CorruptLog, position: int) -> None:
+        """Damage was met at ``position``: say so, and let ``status`` say so."""
+        self._region.note_damage(position)
+        logger.error("the log is damaged; what lies behind is served: %s", damage)
+
+    def sound_after(self, position: int, end: int) -> int:
+        """Where the sound log goes on behind the damage at ``position``: at a record, or at ``end``."""
+        segment_bytes = self._region.segment_bytes
+        at, found = position + RECORD_ALIGN_BYTES, None
+        while at < end and found is None:
+            # All of the segment at once: a record that a piece cuts in two would not be found.
+            data = self._log.window(at, end, segment_bytes)
+            found = find_record(data, at, segment_bytes, 0, _EPOCH_MAX) if data else None
+            at += segment_bytes - at % segment_bytes
+        return end if found is None else found[0]
+
     def _scan_ring(self, position: int, size: int, epoch: int) -> Scan | None:
         if not self._in_ring(position):
             return None
@@ -105,6 +130,8 @@ class Dispatcher:
         self.position = max(region.get("kept"), min(synced, region.get("dispatched")))
         self.starved = False  # the last pass found no room on the disk
         self._epoch = 0  # of the record at `position`; 0: not known
+        self._passed: range | None = None  # positions of the damage met last
+        self._resumed: set[tuple[int, int]] = set()  # queues that had a message since
 
     @property
     def behind(self) -> bool:
@@ -114,16 +141,23 @@ class Dispatcher:
     def step(self) -> int:
         """Dispatch one bounded pass. Returns the bytes of log that it covered: 0 if there was nothing to do.
 
-        Raises OSError, after which the pass may be tried again, and CorruptLog.
+        Raises OSError and, for a file of the consume queues, CorruptLog; the pass may then be tried again.
         """
         tail = self._region.get("tail")  # first: what is read below is then there (R8)
         if self.position == tail:
             return 0
-        epoch = self._epoch or self._source.epoch_at(self.position)
-        scan = self._source.scan(self.position, tail, epoch)
+        try:
+            scan = self._source.scan(self.position, tail, self._epoch or self._source.epoch_at(self.position))
+        except CorruptLog as damage:
+            self._source.note(damage, self.position)
+            sound = self._source.sound_after(self.position, min(tail, self._region.get("flushed")))
+            self._passed, self._resumed = range(self.position, sound, RECORD_ALIGN_BYTES), set()
+            scan = Scan([], [], sound, 0, "damaged")
         runs = self._of_live_topics(scan.runs) if self.behind else scan.runs
         failpoint("dispatcher.before_queues")  # nothing written
         for run in runs:
+            if self._passed is not None:
+                self._mark_damaged(self._passed, *run[:3])
             self.queues.write(*run)
         failpoint("dispatcher.after_queues")  # entries past `dispatched`: written again by the next dispatcher
         self._region.raise_to("dispatched", scan.end)
@@ -132,6 +166,20 @@ class Dispatcher:
         done = scan.end - self.position
         self.position, self._epoch = scan.end, scan.epoch
         return done
+
+    def _mark_damaged(self, passed: range, topic_id: int, queue_id: int, offset: int) -> None:
+        """Messages that the damage has swallowed get entries that lead there: their readers raise CorruptLog.
+
+        Without them the queue would have a hole, and a hole is passed over in silence.
+        """
+        if (topic_id, queue_id) in self._resumed:
+            return
+        _, end = self.queues.offsets(topic_id, queue_id)
+        missing = offset - end if end else 0
+        if 0 < missing <= len(passed):  # else it has a hole for another reason
+            entries = b"".join(ENTRY.pack(position, RECORD_HEADER_BYTES, 0) for position in passed[:missing])
+            self.queues.write(topic_id, queue_id, end, entries)
+        self._resumed.add((topic_id, queue_id))
 
     def _of_live_topics(self, runs: list[tuple[int, int, int, bytes]]) -> list[tuple[int, int, int, bytes]]:
         """Without those of topics whose files are removed already, or will be by the deletion that is yet to be met."""
@@ -153,9 +201,8 @@ class Indexer:
         self._offers: deque[tuple[int, int, list[int]]] = deque()
         self._offered_marks = 0
         self._marks: deque[int] = deque()  # records to be indexed, all before `_scanned`
-        self._scanned = max(
-            index.position, region.get("kept")
-        )  # deleted segments were indexed as far as they had to be
+        # Deleted segments were indexed as far as they had to be.
+        self._scanned = max(index.position, region.get("kept"))
         self.deleted_topics: list[int] = []  # topics whose deletion was met: the caller removes their files
 
     @property
@@ -181,12 +228,16 @@ class Indexer:
 
     def step(self) -> bool:
         """Index a bounded number of records. True if there may be more to do at once."""
+        before, end = self.position, min(self._region.get("flushed"), self._region.get("dispatched"))
         if not self._marks:
-            self._extend(min(self._region.get("flushed"), self._region.get("dispatched")))
+            self._extend(end)
         for _ in range(min(len(self._marks), _INDEX_BATCH)):
-            self._add(self._source.record(self._marks[0]))
+            try:
+                self._add(self._source.record(self._marks[0]))
+            except CorruptLog as damage:
+                self._source.note(damage, self._marks[0])
             self._marks.popleft()
-        return bool(self._marks)
+        return before < self.position < end
 
     def commit(self) -> None:
         """Make what was added durable and publish ``indexed``. Raises lmdb.Error; nothing is lost, try again later."""
@@ -211,7 +262,11 @@ class Indexer:
             self._scanned = max(self._scanned, offered_end)
         end = min(end, self._offers[0][0]) if self._offers else end
         if not self._marks and self._scanned < end:
-            scan = self._source.scan(self._scanned, end, self._source.epoch_at(self._scanned))
+            try:
+                scan = self._source.scan(self._scanned, end, self._source.epoch_at(self._scanned))
+            except CorruptLog as damage:
+                self._source.note(damage, self._scanned)
+                scan = Scan([], [], self._source.sound_after(self._scanned, end), 0, "damaged")
             self._marks.extend(scan.marks)
             self._scanned = scan.end
 

@@ -6,8 +6,8 @@
     checkpoint           every checkpoint_interval, and every 256 MiB of log
     retention            once a second; more often while the disk is full
 
-What cannot be done for now (ring or disk full, store read-only) is tried again later. All of it may be killed anywhere:
-a duty repeated does no harm, and what a restart reads back is bounded by the checkpoint.
+What cannot be done for now (ring or disk full, store read-only, a damaged queue file) is tried again later. All of it
+may be killed anywhere: a duty repeated does no harm, and what a restart reads back is bounded by the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shmbroker.config import RuntimeConfig
 from shmbroker.delivery.dispatch import Dispatcher, Indexer
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.delivery.snapshot import Snapshot, append_progress
-from shmbroker.errors import BrokerClosed, Retryable, StoreFull, StoreReadOnly
+from shmbroker.errors import BrokerClosed, CorruptLog, Retryable, StoreFull, StoreReadOnly
 from shmbroker.failpoint import failpoint
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.consume_queue import ConsumeQueues
@@ -151,7 +151,7 @@ class Upkeep:
         try:
             wait = duty.work()
             duty.complained = ""
-        except (Retryable, StoreFull, StoreReadOnly, BrokerClosed, lmdb.Error, OSError) as error:
+        except (Retryable, StoreFull, StoreReadOnly, CorruptLog, BrokerClosed, lmdb.Error, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_SPACE:
                 raise
             if duty.complained != str(error):
