@@ -41,6 +41,7 @@ class Janitor:
         self._kill_stopped_holder = kill_stopped_holder
         self._poll = select.poll()
         self._watched: dict[int, _Watched] = {}  # by pidfd
+        self._turn = 0
         self._holder = 0  # thread id seen holding the append lock, since when, and whether it was reported
         self._holder_since = 0.0
         self._holder_reported = False
@@ -48,7 +49,8 @@ class Janitor:
     def turn(self) -> None:
         """Look for new clients, do what is due, then wait for a death or the next tick."""
         self._watch_new_clients()
-        _, next_deadline_ns = self._region.janitor_pass(time.monotonic_ns())
+        _, next_deadline_ns = self._region.janitor_pass(time.monotonic_ns(), self._turn)
+        self._turn = (self._turn + 1) % 2**32
         self._look_at_lock_holder()
         pause = TICK_SECONDS if next_deadline_ns < 0 else min(TICK_SECONDS, next_deadline_ns / 1e9)
         for pidfd, _ in self._poll.poll(pause * 1000):

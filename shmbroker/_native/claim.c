@@ -44,14 +44,29 @@ static int available(const sb_region *r, uint64_t w, uint64_t offset, uint32_t n
     }
 }
 
+/* Who holds a claim stores it and then looks at the hint; who takes the hint down looks at the claims behind it. With a full
+ * fence on both sides at least one of them sees the other. */
 void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms)
 {
+    sb_fence_behind_cas();
     uint64_t hint = sb_load(&c->deadline_ms);
     while (deadline_ms != 0 && (hint == 0 || (int32_t)(deadline_ms - (uint32_t)hint) < 0)) {
         if (sb_cas(&c->deadline_ms, &hint, deadline_ms)) {
             return;
         }
     }
+}
+
+uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms)
+{
+    uint64_t hint = sb_load(&c->deadline_ms);
+    if (hint == 0 || (int32_t)(now_ms - (uint32_t)hint) < 0) {
+        return 0;
+    }
+    uint32_t due = (uint32_t)hint;
+    (void)sb_cas(&c->deadline_ms, &hint, 0); /* if not, an earlier one was noted: that stays */
+    sb_fence_behind_cas();
+    return due;
 }
 
 int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms, sb_claim *claim)
@@ -105,7 +120,16 @@ int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
     return SB_OK;
 }
 
-void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset) { sb_raise(&sb_claims_at(r, table)->next, offset); }
+/* Whoever took the hint down before it could see these claims, since they lay behind `next`, is made good here. */
+void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    sb_raise(&c->next, offset);
+    if (deadline_ms) {
+        sb_fence();
+        sb_claim_note_deadline(c, deadline_ms);
+    }
+}
 
 uint64_t sb_claim_next(const sb_region *r, uint32_t table)
 {
@@ -131,20 +155,16 @@ static uint32_t insert_sorted(uint64_t *offsets, uint32_t found, uint32_t count,
     return found < count ? found + 1 : found;
 }
 
-/* The hints are taken down before the scan and put up again by whoever releases after it, so no release is missed; as
- * long as a scan finds anything the hint stays up, so a scanner that dies before its claims misses nothing either. */
+/* The hints are taken down before the scan and put up again by whoever releases or claims after it, so nothing is missed;
+ * as long as a scan finds anything the hint stays up, so a scanner that dies before its claims misses nothing either. */
 uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
 {
     sb_claims *c = sb_claims_at(r, table);
-    uint64_t hint = sb_load(&c->deadline_ms);
-    int due = hint != 0 && (int32_t)(now_ms - (uint32_t)hint) >= 0;
+    uint32_t due = sb_claim_take_deadline(c, now_ms);
     if (!due && !sb_load(&c->released)) {
         return 0;
     }
     (void)atomic_exchange_explicit(&c->released, 0, memory_order_acq_rel);
-    if (due) {
-        (void)sb_cas(&c->deadline_ms, &hint, 0);
-    }
     uint32_t found = 0;
     uint64_t offset;
     sb_place place;
@@ -170,6 +190,9 @@ uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64
     }
     if (found) {
         sb_store(&c->released, 1);
+    }
+    if (found == count) { /* perhaps not all were looked at */
+        sb_claim_note_deadline(c, due);
     }
     return found;
 }

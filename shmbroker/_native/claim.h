@@ -90,10 +90,13 @@ int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset);
 /* Offsets that were claimed before and can be had again (released or expired), oldest first, at most `count`. Costs two
  * loads when there are none. Overflow included. */
 uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count);
-/* Hint: the table's earliest deadline; may be too early, never too late. */
+/* Hint: the table's earliest deadline; may be too early, never too late, but for a claimer that was stopped before it came
+ * here. The claim was stored by a CAS before. 0: none. */
 void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms);
-/* Hint: next >= offset from now on. */
-void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset);
+/* Take the hint down if its time has come: it is returned, and the caller looks at all claims that are held. 0: not yet. */
+uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms);
+/* Hint: next >= offset from now on. deadline_ms: of the claims that the caller took on the way (0: none). */
+void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms);
 /* Where a search for fresh messages begins. */
 uint64_t sb_claim_next(const sb_region *r, uint32_t table);
 
@@ -115,8 +118,9 @@ int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted);
 
 /* Janitor. Both set the hints that make receivers look; the caller wakes the group where the answer is not 0. */
 uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot); /* give back all claims of a dead slot */
-/* Give back what has expired, mend hints and the base. *next: ms until the next deadline, SB_NIL none. */
-uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, uint32_t *next_ms);
+/* If a deadline is over, or `thorough`, look at every claim: give back what has expired, mend hints and the base. *next_ms:
+ * until the next deadline, SB_NIL none. */
+uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int thorough, uint32_t *next_ms);
 /* Something claimable that was claimed before: FREE words below next, or overflow entries. For the wake-up backstop. */
 int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms);
 

@@ -133,6 +133,7 @@ static int move_oldest(sb_region *r, uint32_t table)
         if (sb_cas(word, &w, marked)) {
             SB_FAILPOINT(claim_moving); /* the entry is whole, who looks for this offset finds it: repair publishes it */
             sb_overflow_publish(r, table, i);
+            sb_fence();
             put_up_hint(c, w); /* a scan that had passed the entries already missed it */
             SB_FAILPOINT(claim_moved); /* the entry is live, the marked word passable: the base goes on */
             break;
@@ -236,6 +237,15 @@ static void walk_table(const sb_region *r, uint32_t table, walk *v)
     }
 }
 
+/* The hints that the walk has found to be missing: of a release, or of a scan, that somebody did not finish. */
+static void put_up_hints(sb_claims *c, const walk *v)
+{
+    if (v->given_back || v->claimable) {
+        sb_store(&c->released, 1);
+    }
+    sb_claim_note_deadline(c, v->earliest);
+}
+
 uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
 {
     sb_claims *c = sb_claims_at(r, table);
@@ -245,28 +255,26 @@ uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
     sb_claim_base(r, table);
     walk v = {.slot = slot};
     walk_table(r, table, &v);
-    if (v.given_back) {
-        sb_store(&c->released, 1);
-    }
+    put_up_hints(c, &v);
     return v.given_back;
 }
 
-uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, uint32_t *next_ms)
+uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int thorough, uint32_t *next_ms)
 {
     sb_claims *c = sb_claims_at(r, table);
     *next_ms = SB_NIL;
     if (sb_load(&c->state) != SB_SLOT_LIVE) {
         return 0;
     }
-    sb_claim_base(r, table);
     walk v = {.slot = SB_NIL, .now_ms = now_ms, .expire = 1};
-    walk_table(r, table, &v);
-    if (v.given_back || v.claimable) {
-        sb_store(&c->released, 1);
+    if (sb_claim_take_deadline(c, now_ms) || thorough) {
+        sb_claim_base(r, table);
+        walk_table(r, table, &v);
+        put_up_hints(c, &v);
     }
-    if (v.earliest) {
-        sb_claim_note_deadline(c, v.earliest);
-        *next_ms = (int32_t)(v.earliest - now_ms) > 0 ? v.earliest - now_ms : 0;
+    uint32_t hint = (uint32_t)sb_load(&c->deadline_ms);
+    if (hint) {
+        *next_ms = (int32_t)(hint - now_ms) > 0 ? hint - now_ms : 0;
     }
     return v.given_back;
 }

@@ -7,6 +7,8 @@
 #include "membership.h"
 #include "wait.h"
 
+#define TURNS 50u /* passes until every claim was looked at, whatever the hints say: a second's worth of ticks */
+
 static uint64_t client_word(uint32_t pid, uint32_t generation, uint32_t state)
 {
     return ((uint64_t)pid << 32) | ((uint64_t)(generation & 0xffffffu) << 8) | state;
@@ -64,10 +66,9 @@ static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group)
         if (sb_load(&claims->state) != SB_SLOT_LIVE || (group != SB_NIL && claims->group_slot != group)) {
             continue;
         }
-        uint32_t n = sb_claims_reap(r, i, slot);
+        released += sb_claims_reap(r, i, slot);
         sb_claim_base(r, i);
-        if (n) {
-            released += n;
+        if (sb_load(&claims->released)) {
             wake_for(r, claims);
         }
     }
@@ -107,7 +108,15 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
     return SB_OK;
 }
 
-void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *next_ms)
+static int is_orphan(const sb_region *r, const sb_claims *claims)
+{
+    const sb_queue *q = sb_queue_at(r, claims->queue_slot);
+    return sb_load(&q->state) != SB_SLOT_LIVE || q->topic_id != claims->topic_id || claims->group_slot >= r->limits.groups ||
+           sb_load(&sb_group_at(r, claims->group_slot)->state) != SB_SLOT_LIVE ||
+           sb_group_at(r, claims->group_slot)->group_id != claims->group_id;
+}
+
+void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expired, uint32_t *next_ms)
 {
     *expired = 0;
     *next_ms = SB_NIL;
@@ -117,17 +126,15 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *
         if (sb_load(&claims->state) != SB_SLOT_LIVE || claims->queue_slot >= r->limits.queues) {
             continue;
         }
-        const sb_queue *q = sb_queue_at(r, claims->queue_slot);
-        if (sb_load(&q->state) != SB_SLOT_LIVE || q->topic_id != claims->topic_id || claims->group_slot >= r->limits.groups ||
-            sb_load(&sb_group_at(r, claims->group_slot)->state) != SB_SLOT_LIVE ||
-            sb_group_at(r, claims->group_slot)->group_id != claims->group_id) {
+        const int thorough = i % TURNS == turn % TURNS;
+        if (thorough && is_orphan(r, claims)) {
             sb_store(&claims->state, SB_SLOT_FREE); /* who deleted its topic or group died before it came to this */
             continue;
         }
         uint32_t next = SB_NIL;
-        *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), &next);
+        *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), thorough, &next);
         *next_ms = next < *next_ms ? next : *next_ms;
-        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&q->next_offset)) {
+        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
             wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
         }
     }

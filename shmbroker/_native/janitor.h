@@ -14,8 +14,10 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
 /* Give back what a living client holds in one group, each with its attempt counted. Returns how many claims. */
 uint32_t sb_group_give_back(sb_region *r, uint32_t group, uint32_t slot);
 
-/* One round: expired claims, lost wake-ups, locks of the dead. *expired claims; *next_ms until the next deadline, SB_NIL: none. */
-void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *next_ms);
+/* One pass: expired claims, lost wake-ups, locks of the dead. Claim tables are walked when their hints say that there is
+ * something to do, and in turn, so that a broker with many groups costs nothing while it is idle; `turn` counts the passes.
+ * *expired claims; *next_ms until the next deadline, SB_NIL: none. */
+void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expired, uint32_t *next_ms);
 
 static inline uint32_t sb_client_state_of(uint64_t word) { return (uint32_t)(word & 0xff); }
 static inline uint32_t sb_client_generation_of(uint64_t word) { return (uint32_t)(word >> 8) & 0xffffffu; }

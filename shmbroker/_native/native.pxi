@@ -283,7 +283,7 @@ cdef extern from "janitor.h" nogil:
                        uint32_t *slot, uint32_t *generation)
     int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *released)
     uint32_t sb_group_give_back(sb_region *r, uint32_t group, uint32_t slot)
-    void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t *expired, uint32_t *next_ms)
+    void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expired, uint32_t *next_ms)
     uint32_t sb_client_state_of(uint64_t word)
     uint32_t sb_client_generation_of(uint64_t word)
     uint32_t sb_client_pid_of(uint64_t word)

@@ -228,7 +228,7 @@ cdef class _QueueReader:
             if alone:
                 break
         if offset > start and not alone:
-            sb_claim_advance(r, source.table, offset)
+            sb_claim_advance(r, source.table, offset, look.deadline_ms)
         if source.filter is not None:
             sb_claim_base(r, source.table)
         return 0

@@ -10,7 +10,7 @@ cdef extern from "claim.h" nogil:
                       sb_claim *claim)
     int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
     uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
-    void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset)
+    void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms)
     uint64_t sb_claim_next(const sb_region *r, uint32_t table)
     int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
     int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms,

@@ -54,6 +54,14 @@ static inline int sb_cas(sb_word *w, uint64_t *expected, uint64_t v)
 }
 static inline void sb_add(sb_word *w, uint64_t n) { atomic_fetch_add_explicit(w, n, memory_order_relaxed); }
 static inline void sb_fence(void) { atomic_thread_fence(memory_order_seq_cst); }
+static inline void sb_fence_behind_cas(void) /* sb_fence() behind a CAS or an exchange, which is one by itself on x86 */
+{
+#if defined(__x86_64__)
+    atomic_signal_fence(memory_order_seq_cst);
+#else
+    sb_fence();
+#endif
+}
 static inline void sb_pause(void) /* in a loop that waits for another processor */
 {
 #if defined(__x86_64__)

@@ -613,11 +613,11 @@ cdef class Region:
             sb_client_reap(r, slot, generation, &released)
         return released
 
-    def janitor_pass(self, int64_t now_ns):
+    def janitor_pass(self, int64_t now_ns, uint32_t turn=0):
         cdef uint32_t expired = 0, next_ms = 0
         cdef sb_region *r = self.open()
         with nogil:
-            sb_janitor_pass(r, now_ns, &expired, &next_ms)
+            sb_janitor_pass(r, now_ns, turn, &expired, &next_ms)
         return expired, (-1 if next_ms == SB_NIL else <int64_t>next_ms * 1_000_000)
 
     def lock_holder(self):
