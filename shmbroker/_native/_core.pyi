@@ -291,8 +291,7 @@ class Region:
     def reap(self, slot: int, generation: int) -> int:
         """Take back all that a dead client held: claims, waiters, locks; free the slot. Returns claims released."""
     def janitor_pass(self, now_ns: int, turn: int = 0) -> tuple[int, int]:
-        """Expire claims, re-post lost wake-ups, repair locks by try-lock. (claims expired, ns until the next deadline).
-        ``turn`` counts the passes: each looks at some of the claim tables in full, whatever their hints say."""
+        """Pass number ``turn``: expired claims, lost wake-ups, locks of the dead. (claims expired, ns until the next deadline)."""
     def lock_holder(self) -> int:
         """Thread id that holds the append lock, or 0."""
     def waiters(self) -> list[dict[str, Any]]: ...
