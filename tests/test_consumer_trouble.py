@@ -16,7 +16,7 @@ from support.running import QUICK, lose_memory, running, wait_word
 from support.waiting import wait_until
 
 import shmbroker
-from shmbroker import BrokerClosed, CorruptLog, Message, SimpleConsumer
+from shmbroker import BrokerClosed, CorruptLog, LimitReached, Message, SimpleConsumer
 from shmbroker.broker import Broker
 from shmbroker.descriptor import read_descriptor
 from shmbroker.naming import BrokerPaths, segment_name
@@ -103,6 +103,17 @@ def test_more_threads_may_wait_for_messages_than_there_are_wait_slots(directory:
         assert sorted(got) == [[body] for body in numbered(6)]
         for consumer in consumers:
             consumer.close()
+
+
+def test_a_consumer_for_whose_queues_there_is_no_room_is_refused_when_it_is_made(directory: Path) -> None:
+    with shmbroker.open(directory, **{**SMALL, "claim_tables": 5}) as broker:
+        broker.create_topic("orders", queues=4)
+        with broker.simple_consumer("audit", ALL) as consumer:
+            with pytest.raises(LimitReached, match="claim_tables = 5"):
+                broker.simple_consumer("billing", ALL)
+            broker.alter_topic("orders", queues=6)
+            with pytest.raises(LimitReached, match="claim_tables = 5"):
+                consumer.receive(1)
 
 
 def test_a_lagging_consumer_reads_every_message_in_order_from_the_files(directory: Path) -> None:
