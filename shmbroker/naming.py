@@ -56,16 +56,6 @@ def check_group(name: str) -> str:
     return name
 
 
-def retry_topic(group: str) -> str:
-    """The topic that holds the messages a group has to consume again."""
-    return RETRY_PREFIX + group
-
-
-def dead_letter_topic(group: str) -> str:
-    """The topic that holds the messages a group has given up."""
-    return DEAD_LETTER_PREFIX + group
-
-
 def segment_name(start: int) -> str:
     """File name of the segment whose first byte lies at position ``start``; names sort as positions do."""
     return f"{start:020d}"

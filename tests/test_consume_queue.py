@@ -223,14 +223,6 @@ def test_a_file_that_another_object_removed_is_closed(queues: ConsumeQueues) -> 
     assert queues.read(1, 0, 16, 9, FAR) == entries(16, 4)
 
 
-def test_an_offset_is_found_by_time(queues: ConsumeQueues) -> None:
-    queues.write(1, 0, 30, packed(entries(30, 10)))
-    found = [queues.find_time(1, 0, time, 24, 40, lambda entry: entry.offset * 10) for time in (0, 300, 345, 390, 391)]
-    assert [queues.read(1, 0, offset, 1, FAR) for offset in found] == [
-        entries(30, 1), entries(30, 1), entries(35, 1), entries(39, 1), [],
-    ]  # fmt: skip
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_sequence_of_runs_and_cuts_reads_as_the_model_says(

@@ -12,12 +12,12 @@ import pytest
 from conftest import objects_of
 from support.consuming import ALL, bodies_of, numbered, send
 from support.processes import SMALL, Child, kill_all
+from support.progress import RunKind, decode_progress
 from support.running import log_records, running, worker_pid
 from support.waiting import wait_until
 
 import shmbroker
 from shmbroker.broker import Broker
-from shmbroker.delivery.progress import RunKind, decode_progress
 from shmbroker.record import RecordKind
 
 # Progress is written so seldom that only a durable acknowledgement can have written it.

@@ -10,13 +10,13 @@ from typing import Any, Final
 import pytest
 from support.consuming import ALL, bodies_of, numbered, send
 from support.processes import SMALL, Child, kill_all
+from support.progress import decode_progress
 from support.running import lose_memory, running, worker_pid
 
 import shmbroker
 from shmbroker import ReceivedMessage
 from shmbroker._native._core import scan
 from shmbroker.broker import Broker
-from shmbroker.delivery.progress import decode_progress
 from shmbroker.record import Record, RecordFlag, RecordKind
 
 # Progress is written so seldom that only a durable receive can have written it; so is the log flushed.

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.progress import Progress, Run, RunKind, decode_progress
 from support.regions import LIMITS, memory
 
 from shmbroker._native._core import Region
-from shmbroker.delivery.progress import Progress, Run, RunKind, decode_progress
 from shmbroker.errors import GroupNotExist, LimitReached, QueueNotExist, TopicNotExist
 
 WINDOW = LIMITS["claim_window"]

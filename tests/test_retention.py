@@ -17,7 +17,7 @@ from support.waiting import wait_until
 import shmbroker
 from shmbroker import Message
 from shmbroker._native._core import Region
-from shmbroker.delivery.progress import Progress
+from support.progress import Progress
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 

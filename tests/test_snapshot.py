@@ -21,7 +21,7 @@ from support.waiting import wait_until
 
 from shmbroker import Message, memory
 from shmbroker._native._core import Record, Region, decode_record, encode_record, failpoint_arm
-from shmbroker.delivery.progress import Progress, Run, RunKind
+from support.progress import Progress, Run, RunKind
 from shmbroker.delivery.restore import Restoration
 from shmbroker.delivery.snapshot import Snapshot
 from shmbroker.errors import CorruptLog

@@ -277,7 +277,7 @@ class Region:
         attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation; oldest_held
         and oldest_holder (a client slot): who keeps the base back, or None."""
     def progress_records(self, only_changed: bool) -> list[bytes]:
-        """Bodies of PROGRESS records (delivery/progress.py draws them)."""
+        """Bodies of PROGRESS records (layout.h draws them at sb_progress)."""
     def progress_recorded(self, bodies: Iterable[bytes]) -> None:
         """These bodies stand in the log: ``progress_records(only_changed=True)`` leaves them out until something changes."""
     def restore_progress(self, body: bytes) -> None:

@@ -1,5 +1,4 @@
-# progress.pxi: claim tables as people see them, and as PROGRESS records (drawn in layout.h at sb_progress; read in Python
-# by delivery/progress.py).
+# progress.pxi: claim tables as people see them, and as PROGRESS records (drawn in layout.h at sb_progress).
 
 cdef extern from "claim.h" nogil:
     ctypedef struct sb_progress:

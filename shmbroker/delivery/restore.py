@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from shmbroker._native._core import Region, scan_ids
-from shmbroker.delivery.progress import age
 from shmbroker.delivery.retention import raise_first_offsets
 from shmbroker.errors import CorruptLog, GroupNotExist, PositionGone, QueueNotExist, TopicNotExist
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody, subscription_text
@@ -91,7 +90,7 @@ class Restoration:
             region.raise_to(word, value)
         # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what
         # one queue held at one time and another at another would have to fit into the overflow table together.
-        for body in sorted(self._progress, key=age)[::-1]:
+        for body in sorted(self._progress, key=_age)[::-1]:
             try:
                 region.restore_progress(body)
             except (GroupNotExist, TopicNotExist, QueueNotExist):
@@ -170,3 +169,8 @@ def _first_untouched(table: dict[str, Any]) -> int:
     """The first offset beyond all that this group's progress speaks of: no new message may get one before it (R4)."""
     acked = [first + count for first, count in table["acked"]]
     return int(max([table["base"], *acked, *(offset + 1 for offset in (*table["attempts"], *table["overflow"]))]))
+
+
+def _age(body: bytes) -> tuple[int, int]:
+    """Reset generation and base (sb_progress of layout.h): of bodies about one queue the newest has the largest."""
+    return int.from_bytes(body[12:16], "little"), int.from_bytes(body[16:24], "little")

@@ -25,7 +25,7 @@ import shutil
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -209,22 +209,6 @@ class ConsumeQueues:
         """The first offset whose record lies at or past ``position``; the queue's end if none does."""
         first, end = self.offsets(topic_id, queue_id)
         return self._search(topic_id, queue_id, first, end, position)
-
-    def find_time(
-        self, topic_id: int, queue_id: int, time_ns: int, first: int, end: int, born_ns: Callable[[Entry], int]
-    ) -> int:
-        """The first offset in [first, end) whose message was born at or after ``time_ns``, else ``end``.
-
-        ``born_ns`` reads a record's header. Producers' clocks differ: the answer is as exact as they are.
-        """
-        while first < end:
-            middle = (first + end) // 2
-            entry = self._entry_from(topic_id, queue_id, middle, end)
-            if entry is None or born_ns(entry) >= time_ns:
-                end = middle
-            else:
-                first = entry.offset + 1
-        return end
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

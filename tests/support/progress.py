@@ -1,4 +1,4 @@
-"""How far a group is in one queue, as a PROGRESS record's body tells it (R14). Pure: bytes in, values out.
+"""The model of a PROGRESS record's body (R14): what the native core writes and merges (``_native/claim_progress.c``).
 
      0        4        8     10      12       16       24       28
      +--------+--------+-----+-------+--------+--------+--------+--------+
@@ -7,13 +7,12 @@
   32 | first           | count  | attempts | kind |   ... as many as runs says
      +-----------------+--------+----------+------+
 
-All little-endian; ``_native/layout.h`` draws the same at ``sb_progress``. Runs are sorted by offset and disjoint.
+All little-endian, as ``_native/layout.h`` draws it at ``sb_progress``. Runs are sorted by offset and disjoint.
 Below ``base`` everything is acknowledged but the UNACKED runs (claims that outlived their window); from ``base`` on
 nothing is but the ACKED runs, and UNACKED runs tell the attempts of what was delivered.
 
-Two bodies about the same queue merge (the native core does it, ``_native/claim_progress.c``): the larger base, whatever
-either calls acknowledged, the larger number of attempts; a larger reset generation replaces a smaller one. So replaying
-records in any order, or twice, ends in the same state.
+Two bodies about the same queue merge: the larger base, whatever either calls acknowledged, the larger number of
+attempts; a larger reset generation replaces a smaller one. So replaying records in any order, or twice, ends alike.
 """
 
 from __future__ import annotations
@@ -71,15 +70,6 @@ class Progress:
         """Deliveries of the message at ``offset`` so far; 0 if it is acknowledged or was never delivered."""
         return next((run.attempts for run in self.runs if run.first <= offset < run.end), 0)
 
-    def unacked_below_base(self) -> list[int]:
-        """Offsets before the base that are still unacknowledged: they hold back the log's retention."""
-        return [
-            offset
-            for run in self.runs
-            if run.kind is RunKind.UNACKED
-            for offset in range(run.first, min(run.end, self.base))
-        ]
-
     def encode(self) -> bytes:
         """The body. Raises ValueError if the runs contradict each other or a number does not fit its field."""
         _check_runs(self.base, self.runs)
@@ -108,11 +98,6 @@ def decode_progress(body: bytes) -> Progress:
     )
     _check_runs(base, runs)
     return Progress(group_id, topic_id, queue_id, reset, base, runs)
-
-
-def age(body: bytes) -> tuple[int, int]:
-    """Of bodies about one queue, the newest has the largest. Nothing is checked."""
-    return int.from_bytes(body[12:16], "little"), int.from_bytes(body[16:24], "little")
 
 
 def _check_runs(base: int, runs: tuple[Run, ...]) -> None:
