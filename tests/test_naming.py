@@ -8,9 +8,7 @@ from shmbroker import naming
 from shmbroker.errors import NameIllegal
 
 
-@pytest.mark.parametrize(
-    "name", ["orders", "a", "A-Z_0%|9", "x" * 127, "%RETRY%" + "g" * 120, "%DLQ%" + "g" * 250]
-)
+@pytest.mark.parametrize("name", ["orders", "a", "A-Z_0%|9", "x" * 127, "%RETRY%" + "g" * 120, "%DLQ%" + "g" * 250])
 def test_a_topic_name_of_rocketmqs_alphabet_and_length_is_allowed(name: str) -> None:
     assert naming.check_topic(name) == name
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.progress import Progress
 from support.regions import memory
 from support.running import receive_all, running, worker_pid
 from support.waiting import wait_until
@@ -17,7 +18,6 @@ from support.waiting import wait_until
 import shmbroker
 from shmbroker import Message
 from shmbroker._native._core import Region
-from support.progress import Progress
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 

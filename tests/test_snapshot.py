@@ -13,6 +13,7 @@ import pytest
 from reference_ring import Draft, Shape
 from support.native_ring import NativeRing
 from support.processes import Child, processes_of, wait_for_workers
+from support.progress import Progress, Run, RunKind
 from support.regions import LIMITS
 from support.regions import memory as bare_memory
 from support.running import QUICK, log_records, lose_memory, receive_all, running, wait_word
@@ -21,7 +22,6 @@ from support.waiting import wait_until
 
 from shmbroker import Message, memory
 from shmbroker._native._core import Record, Region, decode_record, encode_record, failpoint_arm
-from support.progress import Progress, Run, RunKind
 from shmbroker.delivery.restore import Restoration
 from shmbroker.delivery.snapshot import Snapshot
 from shmbroker.errors import CorruptLog
