@@ -29,6 +29,7 @@ GIB: Final = 1024 * MIB
 FILE_NAME: Final = "broker.toml"
 ENVIRONMENT_PREFIX: Final = "SHMBROKER_"
 PAGE_BYTES: Final = 4096
+RECORD_HEADER_BYTES: Final = 80
 SMALLEST_RECORD_BYTES: Final = 88  # header, one byte of body, padding
 BLOCK_ENTRIES: Final = 128  # SB_BLOCK_ENTRIES
 RESERVE_SHARE: Final = 8  # that part of the ring is kept for the broker's own records (R16)
@@ -52,6 +53,11 @@ def _key(default: Any, meaning: str, low: float = 0, high: float = 0, **rest: An
     return field(default=default, metadata={"rule": Rule(meaning, low, high, **rest)})
 
 
+def largest_body(room_bytes: int) -> int:
+    """The largest body that a ring, or a segment, of this size takes: an append may fill a quarter of it."""
+    return max(1, room_bytes // 4 - RECORD_HEADER_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class LayoutConfig:
     """Sizes of the shared memory and of the segments, and whose the memory is; fixed at creation."""
@@ -67,7 +73,7 @@ class LayoutConfig:
         multiple_of=PAGE_BYTES,
     )
     max_message_bytes: int = _key(
-        4 * MIB, "largest body; four of them must fit into the ring and into a segment", 1, GIB
+        4 * MIB, "largest body; four, with 80 bytes of header each, must fit into ring and segment", 1, GIB
     )
     max_topics: int = _key(256, "topics, retry and dead-letter topics included", 1, 65_535)
     max_queues: int = _key(1024, "queues of all topics together", 1, 65_535)
@@ -87,10 +93,11 @@ class LayoutConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         for name in ("ring_bytes", "segment_bytes"):
-            if getattr(self, name) < 4 * self.max_message_bytes:
+            largest = largest_body(getattr(self, name))
+            if self.max_message_bytes > largest:
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)}: must be at least 4 x max_message_bytes "
-                    f"({self.max_message_bytes}), that is {4 * self.max_message_bytes}"
+                    f"max_message_bytes = {self.max_message_bytes}: with {name} = {getattr(self, name)} at most "
+                    f"{largest}, so that four, with {RECORD_HEADER_BYTES} bytes of header each, fit"
                 )
 
 
@@ -250,7 +257,7 @@ class Config:
         settings = DEFAULTS | dict(settings)
         smallest = min(settings["ring_bytes"], settings["segment_bytes"])
         if "max_message_bytes" not in chosen:
-            settings["max_message_bytes"] = min(settings["max_message_bytes"], smallest // 4)
+            settings["max_message_bytes"] = min(settings["max_message_bytes"], largest_body(smallest))
         if "snapshot_interval_bytes" not in chosen:
             settings["snapshot_interval_bytes"] = min(settings["snapshot_interval_bytes"], settings["segment_bytes"])
         layout = LayoutConfig(**{key: settings[key] for key in LAYOUT_RULES})

@@ -84,7 +84,7 @@ def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key
         ({"flushDiskTypo": "SYNC_FLUSH"}, "unknown setting 'flushDiskTypo'"),
         (
             {"ring_bytes": "1 MiB", "max_message_bytes": "1 MiB"},
-            "ring_bytes = 1048576: must be at least 4 x max_message",
+            "max_message_bytes = 1048576: with ring_bytes = 1048576 at most 262064",
         ),
         ({"snapshot_interval_bytes": "128 MiB"}, "snapshot_interval_bytes = 134217728: must be at most segment_bytes"),
         ({"maxMessageSize": 1, "max_message_bytes": 1}, "another spelling of 'max_message_bytes'"),
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_toml_is_refused_with_its_name(tmp_path: Path) -> None
 
 def test_defaults_that_a_small_ring_cannot_hold_follow_it_down() -> None:
     small = load(arguments={"ring_bytes": "1 MiB", "segment_bytes": "2 MiB"}, environment={})
-    assert small.layout.max_message_bytes == 256 * config.KIB
+    assert small.layout.max_message_bytes == 256 * config.KIB - config.RECORD_HEADER_BYTES
     assert small.runtime.snapshot_interval_bytes == 2 * config.MIB
 
 
