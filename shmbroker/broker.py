@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
 from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, GroupNotExist, TopicNotExist
-from shmbroker.naming import BrokerPaths, check_group, check_topic
+from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
 
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from shmbroker.store.commit_log import LogReader
     from shmbroker.store.consume_queue import ConsumeQueues, Entry
 
-READ: Final = 4  # RocketMQ's permission bits
-WRITE: Final = 2
 WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consumer that lags
 QUEUES_MAX: Final = 1024
 
@@ -131,26 +129,30 @@ class Broker:
 
         return self._adopt(SimpleConsumer(self, check_group(group), subscriptions, **settings))
 
-    def create_topic(self, name: str, queues: int | None = None, permission: int = READ | WRITE) -> None:
-        """Make a topic; once more as it stands changes nothing. Raises NameIllegal, LimitReached, BadRequest."""
-        queues = self.config.runtime.default_topic_queues if queues is None else queues
+    def create_topic(self, name: str, queues: int | None = None, permission: int | str = "rw") -> None:
+        """Make a topic; once more as it stands changes nothing. Raises NameIllegal, LimitReached, BadRequest.
+
+        ``permission``: ``"r"``, ``"w"`` or ``"rw"``, or RocketMQ's number for it (4, 2, 6).
+        """
+        queues = self.config.runtime.default_topic_queues if queues is None else _check_queues(queues)
+        bits = _permission_bits(permission)
         found = self._find_topic(check_topic(name))
         if found is None:
-            self.region.define_topic(name, _check_queues(queues), _check_permission(permission))
-        elif (len(found["queues"]), found["permission"]) != (queues, permission):
+            self.region.define_topic(name, queues, bits)
+        elif (len(found["queues"]), found["permission"]) != (queues, bits):
             raise BadRequest(
-                f"topic {name!r} exists, with {len(found['queues'])} queues and permission {found['permission']}: "
-                "use alter_topic"
+                f"topic {name!r} exists, with {len(found['queues'])} queues and permission "
+                f"{permission_name(found['permission'])}: alter it instead"
             )
 
-    def alter_topic(self, name: str, queues: int | None = None, permission: int | None = None) -> None:
+    def alter_topic(self, name: str, queues: int | None = None, permission: int | str | None = None) -> None:
         """Give a topic more queues or another permission. Raises TopicNotExist, BadRequest (fewer queues)."""
         found = self._require_topic(name)
         queues = len(found["queues"]) if queues is None else _check_queues(queues)
         if queues < len(found["queues"]):
             raise BadRequest(f"topic {name!r} has {len(found['queues'])} queues and cannot lose any")
-        permission = found["permission"] if permission is None else _check_permission(permission)
-        self.region.define_topic(name, queues, permission)
+        bits = found["permission"] if permission is None else _permission_bits(permission)
+        self.region.define_topic(name, queues, bits)
 
     def delete_topic(self, name: str) -> None:
         """Delete a topic and its messages, for every group. Raises TopicNotExist."""
@@ -166,8 +168,6 @@ class Broker:
         """
         from shmbroker.consumer import define_topics, format_subscription, parse_subscriptions
 
-        if not subscriptions:
-            raise BadRequest("a group subscribes to at least one topic")
         tags = parse_subscriptions(subscriptions)
         text = format_subscription(tags)
         if all(known["name"] != group for known in self.region.groups()):
@@ -175,12 +175,22 @@ class Broker:
         define_topics(self.region, tags, self.config)
         self.region.set_subscription(group, text)
 
+    def delete_group(self, name: str) -> None:
+        """Delete a consumer group and its progress; it keeps no log any more. Raises GroupNotExist, GroupInUse.
+
+        A group that is made again under this name begins like a new one.
+        """
+        self.region.delete_group(check_group(name))
+
     def topics(self) -> list[dict[str, Any]]:
-        """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes."""
+        """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes.
+
+        ``bytes`` counts bodies since the broker's memory was made: from 0 again after a clean stop.
+        """
         return self.region.topics()
 
     def groups(self) -> list[dict[str, Any]]:
-        """The consumer groups: each one's name, group_id, subscription, and whether that was set (subscription_set)."""
+        """The groups: each one's name, group_id, subscription, whether that was set (subscription_set), members (slots)."""
         return self.region.groups()
 
     def status(self) -> dict[str, Any]:
@@ -238,6 +248,12 @@ class Broker:
         self._close_files()
         text = f"unclosed broker of {self._paths.directory}: close it, or open it in a with statement"
         warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Broker belongs to its process and cannot be pickled: pass the directory, and call "
+            f"shmbroker.open({str(self.directory)!r}) in the other process"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -311,14 +327,13 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _check_queues(queues: int) -> int:
-    if not 1 <= queues <= QUEUES_MAX:
+    if type(queues) is not int or not 1 <= queues <= QUEUES_MAX:
         raise BadRequest(f"queues = {queues!r}: must be an integer from 1 to {QUEUES_MAX}")
     return queues
 
 
-def _check_permission(permission: int) -> int:
-    if permission not in (READ, WRITE, READ | WRITE):
-        raise BadRequest(
-            f"permission = {permission!r}: must be {WRITE} (write), {READ} (read) or {READ | WRITE} (both)"
-        )
-    return permission
+def _permission_bits(permission: int | str) -> int:
+    for name, bits in PERMISSIONS.items():
+        if permission in (name, bits):
+            return bits
+    raise BadRequest(f"permission = {permission!r}: must be 'r' (read), 'w' (write) or 'rw' (both)")

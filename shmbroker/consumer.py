@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
@@ -92,8 +92,7 @@ class SimpleConsumer(ConsumerCore):
                 raise BadRequest(f"{name} = {value!r}: must be 'memory' or 'durable'")
         if consume_from not in ("first", "last"):
             raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
-        if not subscriptions:
-            raise BadRequest("a consumer subscribes to at least one topic")
+        tags = parse_subscriptions(subscriptions)
         client = home.attach()
         super().__init__(
             client,
@@ -104,7 +103,7 @@ class SimpleConsumer(ConsumerCore):
             attempts_within=_append_and_flush_seconds(home.config) if attempts == "durable" else 0.0,
         )
         self._home = home
-        self._tags = parse_subscriptions(subscriptions)
+        self._tags = tags
         self._was_member = False
         self._subscribe()
 
@@ -213,6 +212,9 @@ class SimpleConsumer(ConsumerCore):
         """
         self._shut()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")
+
     def __enter__(self) -> Self:
         return self
 
@@ -253,8 +255,13 @@ def define_topics(region: Region, names: Iterable[str], config: Config) -> None:
         region.define_topic(name, config.runtime.default_topic_queues)
 
 
-def parse_subscriptions(subscriptions: Mapping[str, str]) -> dict[str, tuple[str, ...] | None]:
-    """Topic to tag expression as topic to tags. Raises BadRequest."""
+def parse_subscriptions(subscriptions: object) -> dict[str, tuple[str, ...] | None]:
+    """Topic to tag expression as topic to tags. Raises BadRequest, also for what is no such mapping."""
+    if not isinstance(subscriptions, Mapping) or not subscriptions:
+        raise BadRequest(
+            f"subscriptions = {subscriptions!r}: must map at least one topic to a tag expression, as in "
+            '{"orders": "*"}'
+        )
     return {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
 
 

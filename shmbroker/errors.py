@@ -6,7 +6,7 @@ ShmBrokerError
 │   └── NotReady          the broker is starting or its supervisor is being replaced
 ├── BadRequest            never succeeds as it stands; mend the call (also a ValueError)
 │   ├── MessageIllegal    empty body, bad type, properties with forbidden characters ...
-│   │   ├── MessageTooLarge      body over max_message_bytes, or a group over a quarter of ring or segment
+│   │   ├── MessageTooLarge      body over max_message_bytes, or an append over a quarter of ring or segment
 │   │   └── PropertiesTooLarge   encoded properties over 32,767 bytes
 │   ├── NameIllegal       topic or group name outside RocketMQ's alphabet or length
 │   ├── QueueNotExist     queue number outside the topic
@@ -18,6 +18,7 @@ ShmBrokerError
 ├── Refused               another's right stands against it
 │   ├── ReceiptExpired    ack or renewal of a claim that is no longer yours: it will be (or was) delivered again
 │   ├── SubscriptionConflict  a live member of the group subscribes differently
+│   ├── GroupInUse        the group to delete has live consumers
 │   ├── AttachRefused     other user, other pid or ipc namespace
 │   └── ConfigConflict    the running broker was started with another value
 ├── NeedsOperator         a person has to act; the message says how
@@ -74,7 +75,7 @@ class MessageIllegal(BadRequest):
 
 
 class MessageTooLarge(MessageIllegal):
-    """The body is over ``max_message_bytes``, or a batch over a quarter of the ring or of a segment."""
+    """The body is over ``max_message_bytes``, or all of message or batch over a quarter of the ring or of a segment."""
 
 
 class PropertiesTooLarge(MessageIllegal):
@@ -126,6 +127,10 @@ class ReceiptExpired(Refused):
 
 class SubscriptionConflict(Refused):
     """A live member of the group has subscribed differently (R25). The message shows both subscriptions."""
+
+
+class GroupInUse(Refused):
+    """The group cannot be deleted while live processes consume in it. The message names them."""
 
 
 class AttachRefused(Refused):

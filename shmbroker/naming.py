@@ -23,6 +23,7 @@ TOPIC_LENGTH_MAX: Final = 127
 GROUP_LENGTH_MAX: Final = 120
 PREFIXED_TOPIC_LENGTH_MAX: Final = 255
 RESERVED_GROUPS: Final = frozenset({"DEFAULT_PRODUCER", "DEFAULT_CONSUMER"})
+PERMISSIONS: Final = {"r": 4, "w": 2, "rw": 6}  # of topics: RocketMQ's bits, and what people read and write
 OBJECT_PREFIX: Final = "shmbroker-"
 
 _ALPHABET: Final = re.compile(r"[%|a-zA-Z0-9_-]+", re.ASCII)
@@ -54,6 +55,11 @@ def check_group(name: str) -> str:
     if name in RESERVED_GROUPS:
         raise NameIllegal(f"group {name!r} is reserved, as in RocketMQ: choose a name of your own")
     return name
+
+
+def permission_name(bits: int) -> str:
+    """``r``, ``w`` or ``rw``; "-" for none at all."""
+    return next((name for name, known in PERMISSIONS.items() if known == bits), "-")
 
 
 def segment_name(start: int) -> str:

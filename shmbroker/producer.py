@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, SendResult, crc32c
 from shmbroker.completion import Completion
@@ -189,6 +189,9 @@ class Producer(ProducerCore):
         if completion is not None:
             completion.close()
         self._shut()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Producer belongs to its process and cannot be pickled: open the broker in the other process")
 
     def __enter__(self) -> Self:
         return self

@@ -261,12 +261,12 @@ class Region:
     def set_subscription(self, name: str, text: bytes, generation: int = 0, record: bool = True) -> None:
         """What the group subscribes to from now on, as JSON. Raises GroupNotExist. ``record=False``: recovery, with the
         generation that the log says."""
-    def delete_group(self, name: str, record: bool = True) -> None: ...
+    def delete_group(self, name: str, record: bool = True) -> None: ...  # GroupInUse while a live client consumes in it
     def topics(self, *, exact: bool = False) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, queues: [{queue_id, slot, next_offset, first_offset, index_first, bytes}]."""
     def groups(self) -> list[dict[str, Any]]:
         """Each: name, group_id, slot, subscription (JSON), subscription_set: by set_subscription, not by its members,
-        subscription_generation."""
+        subscription_generation, members: the slots of the clients that consume in it."""
     def restore_queue(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         """Recovery only: a queue's next offset and the first the log still has; both only grow."""
     def set_first_offset(self, topic_id: int, queue_id: int, first_offset: int) -> None: ...
@@ -341,8 +341,8 @@ class ProducerCore:
         selector: Callable[[Sequence[int], Message, Any], int] | None = None, argument: Any = None,
         sharding_key: str | bytes | None = None, queue_id: int | None = None,
     ) -> BatchResult:
-        """One atomic append: all of them or none, in one queue. One topic, one wait_store_ok, at most 1,024 messages and a
-        quarter of ring or segment."""
+        """One atomic append: all of them or none, in one queue. One topic, one wait_store_ok, at most 1,024 messages and, with
+        80 bytes of header each, a quarter of ring or segment."""
     def _missing_topic(self, topic: str) -> None: ...
     def _store_only(
         self, message: Message, timeout: float | None, selector: Any, argument: Any, sharding_key: Any, queue_id: int | None,

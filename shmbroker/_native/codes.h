@@ -24,7 +24,8 @@ enum sb_code {
     SB_GONE = -14,       /* the slot or claim is no longer the caller's */
     SB_EXISTS = -15,
     SB_NOT_FOUND = -16,
-    SB_NO_INDEX = -17    /* the index pool waits for the dispatcher */
+    SB_NO_INDEX = -17,   /* the index pool waits for the dispatcher */
+    SB_IN_USE = -18      /* somebody alive uses it */
 };
 
 #endif

@@ -356,6 +356,9 @@ int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline
         return code;
     }
     code = sb_group_find(r, name, &slot);
+    if (code == SB_OK && sb_group_in_use(r, slot)) { /* its claims would be freed under their holders */
+        code = SB_IN_USE;
+    }
     if (code == SB_OK) {
         change c = {.count = 0};
         char body[BODY_BYTES];

@@ -49,6 +49,7 @@ cdef class _Member(_QueueReader):
         cdef sb_region *r = client.check()
         cdef bytes name = self.group.encode()
         cdef const char *c_text = text
+        cdef const char *c_name = name
         cdef uint32_t slot = 0, group = 0
         cdef int code, self_counts
         self.filters = tag_filters(filters)
@@ -58,10 +59,12 @@ cdef class _Member(_QueueReader):
         slot = client.slot
         self_counts = (id(client), group) in memberships
         with nogil:
-            code = sb_group_join(r, group, slot, c_text, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS,
+            code = sb_group_join(r, group, c_name, slot, c_text, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS,
                                  &self.subscription_generation)
         if code == SB_EXISTS:
             return False
+        if code == SB_GONE:
+            raise _errors.GroupNotExist(f"group {self.group!r} was deleted while this consumer joined it")
         if code != SB_OK:
             raise code_error(r, code, f"joining group {self.group!r}")
         self.client = client
@@ -122,7 +125,8 @@ cdef class _Member(_QueueReader):
             if route is None:
                 continue  # deleted, or not there yet
             if not route.permission & 4:
-                raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no read (4)")
+                raise _errors.NoPermission(
+                    f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
             self.open_sources(r, route, known, tag_filter, sources)
         self.sources = sources
         self.generation = generation

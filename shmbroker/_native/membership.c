@@ -26,6 +26,11 @@ static int has_live_member(const sb_region *r, const sb_group *g, uint32_t slot,
     return 0;
 }
 
+int sb_group_in_use(const sb_region *r, uint32_t group)
+{
+    return group < r->limits.groups && has_live_member(r, sb_group_at(r, group), SB_NIL, 0);
+}
+
 uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
 {
     const sb_group *g = sb_group_at(r, group);
@@ -48,8 +53,8 @@ void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t genera
     sb_racy_copy(sb_group_at(r, group)->subscription[generation & 1], padded, sizeof padded);
 }
 
-int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
-                  uint64_t *generation)
+int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
+                  int64_t deadline_ns, uint64_t *generation)
 {
     if (group >= r->limits.groups || slot >= r->limits.clients || strlen(text) >= SB_SUBSCRIPTION_BYTES) {
         return SB_INVALID;
@@ -62,8 +67,8 @@ int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text,
     char agreed[SB_SUBSCRIPTION_BYTES];
     *generation = sb_group_subscription(r, group, agreed);
     int differs = strcmp(agreed, text) != 0;
-    if (sb_load(&g->state) != SB_SLOT_LIVE) {
-        code = SB_GONE;
+    if (sb_load(&g->state) != SB_SLOT_LIVE || strncmp(g->name, name, SB_NAME_BYTES) != 0) {
+        code = SB_GONE; /* deleted since it was found, its slot perhaps another's; with a member it never is */
     } else if (differs && (sb_load(&g->subscription_set) || (agreed[0] && has_live_member(r, g, slot, self_counts)))) {
         code = SB_EXISTS;
     } else if (differs) {

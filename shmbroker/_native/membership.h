@@ -5,15 +5,18 @@
 #include "ipc.h"
 #include "region.h"
 
-/* Client `slot` becomes a member. The subscription that was set, else that of the first live member, is the group's;
- * another one is refused. `text`: JSON, shorter than SB_SUBSCRIPTION_BYTES. self_counts: the slot has other consumers in
- * this group. SB_OK, *generation: of the subscription | SB_EXISTS: it differs | SB_TIMEOUT | SB_GONE: no such group | SB_BROKEN. */
-int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
-                  uint64_t *generation);
+/* Client `slot` becomes a member of the group called `name`, which was found in slot `group`. The subscription that was
+ * set, else that of the first live member, is the group's; another one is refused. `text`: JSON, shorter than
+ * SB_SUBSCRIPTION_BYTES. self_counts: the slot has other consumers in this group. SB_OK, *generation: of the
+ * subscription | SB_EXISTS: it differs | SB_TIMEOUT | SB_GONE: no such group any more | SB_BROKEN. */
+int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
+                  int64_t deadline_ns, uint64_t *generation);
 void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot);
 /* A copy of the subscription in force, SB_SUBSCRIPTION_BYTES with its NUL; returns its generation. No lock. */
 uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text);
 /* Where the text of `generation` stands; to be written before the generation is stored, under the definition lock. */
 void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t generation, const char *text);
+/* Does a live client consume in it? Under the definition lock the answer stands until the lock is given back. */
+int sb_group_in_use(const sb_region *r, uint32_t group);
 
 #endif

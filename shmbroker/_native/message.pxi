@@ -64,6 +64,9 @@ cdef class SendResult:
     def confirm(self, timeout=5.0):
         return confirm_position(self.client, self.end_position, timeout)
 
+    def __reduce__(self):
+        raise TypeError("a SendResult belongs to its process and cannot be pickled: pass its message_id and status")
+
     def __repr__(self):
         return (f"SendResult({self.status.name}, {self.message_id}, {self.topic}[{self.queue_id}] "
                 f"offset {self.queue_offset}, position {self.position})")

@@ -22,6 +22,7 @@ cdef extern from "codes.h" nogil:
         SB_GONE
         SB_EXISTS
         SB_NO_INDEX
+        SB_IN_USE
 
 cdef extern from "layout.h" nogil:
     enum:
@@ -157,6 +158,7 @@ cdef extern from "layout.h" nogil:
         sb_word subscription_generation
         sb_word subscription_set
         char name[256]
+        sb_word members[64]
     ctypedef struct sb_id:
         sb_word incarnation
         sb_word sequence
@@ -273,8 +275,8 @@ cdef extern from "definition.h" nogil:
     void sb_definition_unlock(sb_region *r)
 
 cdef extern from "membership.h" nogil:
-    int sb_group_join(sb_region *r, uint32_t group, uint32_t slot, const char *text, int self_counts, int64_t deadline_ns,
-                      uint64_t *generation)
+    int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
+                      int64_t deadline_ns, uint64_t *generation)
     void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
     uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
 

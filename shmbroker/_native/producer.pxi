@@ -1,6 +1,8 @@
 # producer.pxi: ProducerCore, the send path. One append attempt is made with the GIL held and never sleeps; whatever
 # has to wait (lock, space, durability) waits without it.
 
+from shmbroker import naming as _naming
+
 cdef int64_t NO_DEADLINE = 0x7fffffffffffffff
 cdef uint64_t LARGE_BYTES = 65536  # from here on copying is worth dropping the GIL
 
@@ -129,7 +131,8 @@ cdef class ProducerCore:
             if route is None:
                 raise _errors.TopicNotExist(f"topic {topic!r} was deleted while it was created")
         if not route.permission & 2:
-            raise _errors.NoPermission(f"topic {topic!r} has permission {route.permission}: no write (2)")
+            raise _errors.NoPermission(
+                f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may send to it")
         self.routes[topic] = route
         return route
 

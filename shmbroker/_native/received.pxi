@@ -173,6 +173,9 @@ cdef class ReceivedMessage:
     def store_size(self):
         return self.header().size
 
+    def __reduce__(self):
+        raise TypeError("a received message belongs to its consumer and cannot be pickled: pass what is needed, as its body")
+
     def __repr__(self):
         if self.fork_generation != sb_fork_generation:
             return "ReceivedMessage(of another process)"

@@ -55,8 +55,8 @@ cdef object code_error(sb_region *r, int code, str doing):
     if code == SB_TOO_LARGE:
         limit = min(r.ring_bytes, r.segment_bytes) // 4
         return _errors.MessageTooLarge(
-            f"{doing}: one atomic group may hold {SB_GROUP_RECORDS_MAX} records and {limit} bytes "
-            "(a quarter of ring or segment)")
+            f"{doing}: what is appended at once may hold {SB_GROUP_RECORDS_MAX} records and {limit} bytes (a quarter of ring "
+            f"or segment), with tags, keys, properties and {SB_RECORD_HEADER} bytes of header each. Nothing was stored")
     if code == SB_TABLE_FULL:
         return _errors.LimitReached(f"{doing}: a table of the broker's memory is full; see max_* and claim_tables in broker.toml")
     if code == SB_EXISTS:
@@ -418,7 +418,7 @@ cdef class Region:
                 self.wait_for("flushed", sb_load(&sb_marks(r).tail) + 1, min(slice - sb_now_ns(), 2_000_000))
             elif code != SB_TIMEOUT:
                 break
-        if code == SB_TABLE_FULL or code == SB_OK or code == SB_NOT_FOUND:
+        if code == SB_TABLE_FULL or code == SB_OK or code == SB_NOT_FOUND or code == SB_IN_USE:
             return code
         raise code_error(r, code, f"{what} {name!r}")
 
@@ -454,8 +454,17 @@ cdef class Region:
 
     def delete_group(self, str name, bint record=True):
         cdef uint32_t slot = 0
-        if self.define("deleting group", name, 0, 0, 0, record, &slot) == SB_NOT_FOUND:
+        cdef int code = self.define("deleting group", name, 0, 0, 0, record, &slot)
+        if code == SB_NOT_FOUND:
             raise _errors.GroupNotExist(f"group {name!r} does not exist")
+        if code == SB_IN_USE:
+            raise _errors.GroupInUse(f"group {name!r}: live processes consume in it{self.members_text(name)}; stop them first")
+
+    cdef str members_text(self, str name):
+        """``: 4711 (billing), 4712 (billing)``; nothing if they have left meanwhile."""
+        members = {slot for group in self.groups() if group["name"] == name for slot in group["members"]}
+        found = [f"{client['pid']} ({client['name']})" for client in self.clients() if client["slot"] in members]
+        return ": " + ", ".join(found) if found else ""
 
     def wait_for(self, str word, uint64_t target, int64_t timeout_ns):
         """Wait until ``flushed``, ``replicated`` or ``dispatched`` has reached ``target``: True, or False at the deadline."""
@@ -543,6 +552,7 @@ cdef class Region:
                     "name": g.name.decode("ascii", "replace"), "group_id": g.group_id, "slot": i,
                     "subscription": text.decode("ascii", "replace"), "subscription_set": bool(sb_load(&g.subscription_set)),
                     "subscription_generation": generation,
+                    "members": [c for c in range(r.limits.clients) if sb_load(&g.members[c // 64]) >> (c % 64) & 1],
                 })
         return result
 
