@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -126,6 +127,7 @@ def test_the_demo_loses_and_doubles_nothing_while_three_processes_are_killed(tmp
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
+    assert told["input"] == str(text)
     assert told["lines"] == told["delivered"] == 80 * 1002
     assert [kill["what"] for kill in told["kills"]] == ["sender", "receiver", "flusher"]
     assert (told["lost"], told["altered"], told["duplicated_after_ack"], told["group_lag"]) == (0, 0, 0, 0)
@@ -133,24 +135,37 @@ def test_the_demo_loses_and_doubles_nothing_while_three_processes_are_killed(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"], "the demo leaves nothing behind"
 
 
+def deliveries_in(place: Path) -> bool:
+    return any(path.stat().st_size for path in place.glob("*/histories/*.got"))
+
+
+def processes_in(place: Path) -> bool:
+    """Just started: most of them are still loading what they need."""
+    return any(place.glob("*/histories")) and len(psutil.Process().children(recursive=True)) > 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("everybody", [True, False], ids=["Ctrl-C reaches the whole fleet", "SIGTERM the parent alone"])
-def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, everybody: bool) -> None:
+@pytest.mark.parametrize("begun", [processes_in, deliveries_in], ids=["at its start", "at work"])
+def test_an_interrupted_demo_leaves_nothing_behind(
+    tmp_path: Path, everybody: bool, begun: Callable[[Path], bool]
+) -> None:
     command = [sys.executable, "-m", "shmbroker.tools.demo", "--lines", "5000000"]
     running = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob("*/histories/*.got")), "deliveries")
+        wait_until(lambda: begun(tmp_path), "it has come so far")
         fleet = psutil.Process(running.pid).children(recursive=True)
         if everybody:
             os.killpg(running.pid, signal.SIGINT)
         else:
             running.terminate()
-        code = running.wait(timeout=30)
+        told = running.communicate(timeout=30)
     finally:
         running.kill()
-        running.wait()
-    assert code == (ExitCode.INTERRUPTED if everybody else ExitCode.TERMINATED)
+        running.communicate()
+    assert running.returncode == (ExitCode.INTERRUPTED if everybody else ExitCode.TERMINATED)
+    assert [text.strip() for text in told] == [b"", b""], "no traceback, of nobody"
     assert psutil.wait_procs(fleet, timeout=10)[1] == [], "no process of the fleet is left"
     assert list(tmp_path.iterdir()) == []

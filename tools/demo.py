@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from shmbroker.tools import console, group_lag, inside
 from shmbroker.tools import demo_processes as processes
 from shmbroker.tools.bench_report import human, percentile
 from shmbroker.tools.cli import main
-from shmbroker.tools.demo_fleet import KILLS, Fleet, Killed
+from shmbroker.tools.demo_fleet import KILLS, Fleet, Killed, signals_deferred
 from shmbroker.tools.demo_history import Verdict, judge
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, pass_session
@@ -48,7 +49,10 @@ def run_demo(
     histories.mkdir()
     columns = (TextColumn("{task.description:<8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     try:
-        with shmbroker.open(place / "broker", id_window=ID_WINDOW, embed_grace=0.0, **settings) as broker:
+        with ExitStack() as stack:
+            with signals_deferred():  # else a broker that nobody closes may come up behind us
+                opened = shmbroker.open(place / "broker", id_window=ID_WINDOW, embed_grace=0.0, **settings)
+                broker = stack.enter_context(opened)
             broker.create_topic(processes.TOPIC, queues=max(4, receivers))
             fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -70,10 +74,11 @@ def some_text() -> Path:
     raise Failure("this Python has no text to send: name one with --input", ExitCode.USAGE)
 
 
-def report(verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
+def report(text: Path, verdict: Verdict, killed: list[Killed]) -> dict[str, Any]:
     """The result as plain data."""
     send, delivery = sorted(verdict.send_latencies_ns), sorted(verdict.delivery_latencies_ns)
     return {
+        "input": str(text),
         "lines": verdict.lines,
         "sent": dict(verdict.sent),
         "delivered": verdict.delivered,
@@ -98,9 +103,12 @@ def _percentiles(nanoseconds: list[int]) -> dict[str, float]:
     return {"p50": percentile(nanoseconds, 0.5) / 1e9, "p99": percentile(nanoseconds, 0.99) / 1e9}
 
 
+_SENT = {"DUPLICATE": "sent: DUPLICATE, stored once"}
+
+
 def _print_table(told: dict[str, Any]) -> None:
-    rows: list[tuple[str, str]] = [("lines read", f"{told['lines']:,}")]
-    rows += [(f"sent: {status}", f"{count:,}") for status, count in sorted(told["sent"].items())]
+    rows: list[tuple[str, str]] = [("input", told["input"]), ("lines read", f"{told['lines']:,}")]
+    rows += [(_SENT.get(status, f"sent: {status}"), f"{count:,}") for status, count in sorted(told["sent"].items())]
     for what in ("delivered", "redelivered", "lost", "altered", "duplicated_after_ack", "group_lag"):
         rows.append((what.replace("_", " "), f"{told[what]:,}"))
     for what, some in told["examples"].items():
@@ -117,7 +125,7 @@ def _print_table(told: dict[str, Any]) -> None:
 @click.option(
     "--input",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text file.  [default: one of the Python installation]",
+    help="A text file.  [default: the topics of Python's help, pydoc_data/topics.py]",
 )
 @click.option(
     "--lines", type=click.IntRange(1), default=LINES, show_default=True, help="Repeat the file up to so many lines."
@@ -129,7 +137,8 @@ def _print_table(told: dict[str, Any]) -> None:
     "-d",
     "--directory",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Make the broker and the histories here, and keep them.  [default: a temporary directory, removed afterwards]",
+    help="Make the broker and the histories in a new directory below this one, and keep them.  [default: in "
+    "shmbroker-demo-* below the current directory, removed if all went well]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 @pass_session
@@ -151,22 +160,25 @@ def demo(
 
     Every process writes down what it sent and got in a file of its own; at the end these are compared with the input,
     line by line: each must have been delivered and acknowledged, by another process if the first to have it was killed.
-    Leaves with 0 if nothing was lost, nothing came again after its ack and nothing is left over, else with 1.
+    What a killed sender had not written down its successor sends again, with the same dedup key: the broker answers
+    DUPLICATE and stores nothing. Leaves with 0 if nothing was lost, nothing came again after its ack and nothing is
+    left over, else with 1.
     """
+    text = input or some_text()
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="shmbroker-demo-", dir=directory or Path.cwd()))
     keep = directory is not None
     try:
         verdict, killed = run_demo(
-            input or some_text(),
+            text,
             place,
             at_least=lines,
             senders=producers,
             receivers=consumers,
             settings={"flush_disk_type": "SYNC_FLUSH"} if sync else {},
         )
-        told = report(verdict, killed)
+        told = report(text, verdict, killed)
         keep = keep or not told["good"]
     finally:
         if not keep:

@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +24,21 @@ from shmbroker.tools.session import Failure
 
 STALLED_SECONDS = 60.0
 TICK_SECONDS = 0.02
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is left. Blocking them would not do: another thread may take them."""
+    came: list[int] = []
+    handlers = [signal.signal(number, lambda got, _: came.append(got)) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +79,15 @@ class Member:
         arguments = (*self.arguments, self.name, self.lives, *self.rest)
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=self.target, args=arguments, name=self.name, daemon=True)
-        self.process.start()
+        resource_tracker.ensure_running()  # here, because whoever starts it unblocks what is blocked next
+        with signals_deferred():  # who is started is known before it may have to be stopped
+            held = signal.pthread_sigmask(
+                signal.SIG_BLOCK, SIGNALS
+            )  # stays so over the exec: they are the parent's affair
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def kill(self) -> int:
         """The pid of what was killed."""
@@ -84,7 +110,7 @@ class Member:
             raise Failure(f"{self.name} ended with exit code {self.process.exitcode}", ExitCode.INTERNAL)
 
     def stop(self) -> None:
-        if self.process is not None:
+        if self.process is not None and self.process.pid is not None:
             self.process.kill()
             self.process.join()
 

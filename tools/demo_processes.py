@@ -65,26 +65,25 @@ def send_lines(
 
     What a predecessor had sent but not yet written down is sent again with the same dedup key: stored once.
     """
-    with suppress(KeyboardInterrupt):
-        index, senders = share
-        lines = read_lines(lines_file, at_least)
-        resume = 1 + max((sent.number for sent in _earlier(histories, name)), default=index - senders)
-        first = resume + (index - resume) % senders
-        counter = Counter(counters, SENT, index)
-        clock = time.monotonic_ns
-        with (
-            History(histories / f"{name}-{life}.sent") as history,
-            shmbroker.open(directory) as broker,
-            broker.producer(GROUP) as producer,
-        ):
-            for number in range(first, len(lines), senders):
-                message = Message(TOPIC, body_of(number, lines[number]))
-                started = clock()
-                result = _send(producer, message, f"line-{number}")
-                history.note(sent_line(started, number, result.status.name, result.duplicate, clock() - started))
-                if number // senders % SENDS_PER_WRITE == 0:
-                    history.write()
-                    counter.add(SENDS_PER_WRITE)
+    index, senders = share
+    lines = read_lines(lines_file, at_least)
+    resume = 1 + max((sent.number for sent in _earlier(histories, name)), default=index - senders)
+    first = resume + (index - resume) % senders
+    counter = Counter(counters, SENT, index)
+    clock = time.monotonic_ns
+    with (
+        History(histories / f"{name}-{life}.sent") as history,
+        shmbroker.open(directory) as broker,
+        broker.producer(GROUP) as producer,
+    ):
+        for number in range(first, len(lines), senders):
+            message = Message(TOPIC, body_of(number, lines[number]))
+            started = clock()
+            result = _send(producer, message, f"line-{number}")
+            history.note(sent_line(started, number, result.status.name, result.duplicate, clock() - started))
+            if number // senders % SENDS_PER_WRITE == 0:
+                history.write()
+                counter.add(SENDS_PER_WRITE)
 
 
 def _send(producer: shmbroker.Producer, message: Message, dedup_key: str) -> shmbroker.SendResult:
@@ -102,33 +101,32 @@ def _earlier(histories: Path, name: str) -> list[Any]:
 
 def receive_lines(directory: Path, histories: Path, name: str, life: int, index: int, counters: Any) -> None:
     """Receive, write down, acknowledge, write that down; until the parent says that all is sent and nothing comes."""
-    with suppress(KeyboardInterrupt):
-        counter = Counter(counters, RECEIVED, index)
-        clock = time.monotonic_ns
-        with (
-            History(histories / f"{name}-{life}.got") as history,
-            shmbroker.open(directory) as broker,
-            broker.simple_consumer(GROUP, {TOPIC: "*"}) as consumer,
-        ):
-            while True:
-                messages = consumer.receive(RECEIVE_MESSAGES, wait=IDLE_SECONDS, invisible=INVISIBLE_SECONDS)
-                received, now_ns = clock(), time.time_ns()
-                if not messages:
-                    if counters[CLOSING] or not _parent_lives():
-                        return
-                    continue
-                for message in messages:
-                    latency = now_ns - round(message.born_timestamp * 1e9)
-                    history.note(
-                        received_line(received, message.message_id, message.delivery_attempt, latency, message.body)
-                    )
-                history.write()
-                if counters[VICTIM] == index + 1:
-                    _await_death(Counter(counters, HOLDING, index), len(messages))
-                consumer.ack(messages)
-                history.note(acked_line(clock(), len(messages)))
-                history.write()
-                counter.add(len(messages))
+    counter = Counter(counters, RECEIVED, index)
+    clock = time.monotonic_ns
+    with (
+        History(histories / f"{name}-{life}.got") as history,
+        shmbroker.open(directory) as broker,
+        broker.simple_consumer(GROUP, {TOPIC: "*"}) as consumer,
+    ):
+        while True:
+            messages = consumer.receive(RECEIVE_MESSAGES, wait=IDLE_SECONDS, invisible=INVISIBLE_SECONDS)
+            received, now_ns = clock(), time.time_ns()
+            if not messages:
+                if counters[CLOSING] or not _parent_lives():
+                    return
+                continue
+            for message in messages:
+                latency = now_ns - round(message.born_timestamp * 1e9)
+                history.note(
+                    received_line(received, message.message_id, message.delivery_attempt, latency, message.body)
+                )
+            history.write()
+            if counters[VICTIM] == index + 1:
+                _await_death(Counter(counters, HOLDING, index), len(messages))
+            consumer.ack(messages)
+            history.note(acked_line(clock(), len(messages)))
+            history.write()
+            counter.add(len(messages))
 
 
 def _await_death(holding: Counter, messages: int) -> None:
