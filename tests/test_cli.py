@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from support.command import TIMEOUT
+import pytest
+from support.command import COMMAND, TIMEOUT
+from support.served import served
 
 from shmbroker import errors
-from shmbroker.tools.cli import COMMANDS, cli
+from shmbroker.tools.cli import COMMANDS, HIDDEN, cli
 from shmbroker.tools.exit_codes import ExitCode, exit_code
 
 
@@ -42,7 +44,18 @@ def test_help_is_fast_because_it_loads_no_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.split() == []
-    assert all(name in done.stdout for name in COMMANDS)
+    shown = set(re.findall(r"^  ([a-z]+)  ", done.stdout, flags=re.MULTILINE))
+    assert shown == set(COMMANDS) - HIDDEN, "what only contributors need is not shown to users"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["topic", "list"]], ids=" ".join)
+def test_an_output_that_cannot_be_written_is_called_so(tmp_path: Path, arguments: list[str]) -> None:
+    """Not like a full disk of the broker, which has the same errno."""
+    with served(tmp_path / "broker"), Path("/dev/full").open("wb") as full:
+        command = [*COMMAND, "-d", str(tmp_path / "broker"), *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert done.returncode == ExitCode.OPERATOR
+    assert done.stderr == "shmbroker: standard output cannot be written to: No space left on device\n"
 
 
 def test_the_exit_codes_are_those_of_the_documents() -> None:

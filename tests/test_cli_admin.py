@@ -75,16 +75,57 @@ def test_group_show_counts_the_lag_and_names_who_holds_the_oldest(server: Path) 
         consumer.ack(messages[1:])
         wait_until(lambda: shmbroker_json(server, "group", "show", "g")["lag_bytes"] > 0, "dispatched")
         lag = shmbroker_json(server, "group", "show", "g")
-        assert (lag["lag_messages"], lag["in_flight"], lag["delivered"]) == (7, 1, 4)
+        assert (lag["lag_messages"], lag["in_flight"], lag["delivered_since_start"]) == (7, 1, 4)
         (queue,) = lag["queues"]
         assert queue["oldest"]["message_id"] == messages[0].message_id
         assert (queue["oldest"]["pid"], queue["oldest"]["attempts"]) == (os.getpid(), 1)
         assert lag["held_back_bytes"] > 0
+        in_short = {"group": "g", "lag_messages": 7, "in_flight": 1}
+        assert shmbroker_json(server, "status")["group_lag"] == [in_short]
+        assert re.search(r"^ *g +7 +1$", shmbroker(server, "status").stdout, flags=re.MULTILINE)
         consumer.ack(messages[0])
     assert shmbroker_json(server, "group", "list")[0]["lag_messages"] == 6
     assert len(shmbroker(server, "receive", "--group", "g", "--topic", "t").stdout.splitlines()) == 6
     assert shmbroker_json(server, "group", "show", "g")["lag_messages"] == 0
-    assert shmbroker(server, "group", "show", "other").returncode == ExitCode.USAGE
+
+
+def test_lag_counts_queues_that_no_member_has_looked_at_yet(server: Path) -> None:
+    """They were made after the last member had left."""
+    shmbroker_json(server, "topic", "create", "t", "--queues", "1")
+    assert shmbroker(server, "receive", "--group", "g", "--topic", "t", "--wait", "0").returncode == 1
+    shmbroker_json(server, "topic", "alter", "t", "--queues", "3")
+    shmbroker_json(server, "send", "--topic", "t", stdin=feed(lines(9)))
+    lag = shmbroker_json(server, "group", "show", "g")
+    assert (lag["lag_messages"], [queue["lag_messages"] for queue in lag["queues"]]) == (9, [3, 3, 3])
+    assert shmbroker_json(server, "status")["group_lag"][0]["lag_messages"] == 9
+
+
+def test_looking_at_an_unknown_group_or_topic_makes_none(server: Path) -> None:
+    for arguments in (["group", "show", "other"], ["group", "delete", "other", "--yes"]):
+        refused = shmbroker(server, *arguments)
+        assert refused.returncode == ExitCode.USAGE
+        assert "group 'other' does not exist (`shmbroker group list` shows those that exist)" in refused.stderr
+    refused = shmbroker(server, "topic", "delete", "other")
+    assert refused.returncode == ExitCode.USAGE, "it does not ask before it looks"
+    assert "topic 'other' does not exist (`shmbroker topic list` shows those that exist)" in refused.stderr
+    assert (shmbroker_json(server, "group", "list"), shmbroker_json(server, "topic", "list")) == ([], [])
+
+
+def test_a_group_is_deleted_on_request_unless_somebody_consumes_in_it(server: Path) -> None:
+    shmbroker_json(server, "send", "--topic", "t", stdin=feed(lines(10)))
+    for group in ("audit", "oudit"):
+        assert shmbroker(server, "receive", "--group", group, "--topic", "t", "--max", "4").returncode == 0
+    for answer in (b"", b"n\n"):
+        asked = shmbroker(server, "group", "delete", "oudit", stdin=answer)
+        assert (asked.returncode, asked.stdout) == (ExitCode.FINDING, "")
+        assert "which has 6 messages to come? [y/N]" in asked.stderr
+    with api.open(server) as handle, handle.simple_consumer("oudit", {"t": "*"}):
+        refused = shmbroker(server, "group", "delete", "oudit", "--yes")
+        assert (refused.returncode, f": {os.getpid()} (" in refused.stderr) == (ExitCode.REFUSED, True)
+    assert shmbroker(server, "group", "delete", "oudit", stdin=b"y\n").stdout == "deleted oudit\n"
+    assert [group["group"] for group in shmbroker_json(server, "group", "list")] == ["audit"]
+    received = shmbroker(server, "receive", "--group", "oudit", "--topic", "t").stdout.splitlines()
+    assert Counter(received) == Counter(lines(10)), "made again, it begins anew"
 
 
 def test_a_message_is_found_by_its_id_and_by_its_key(server: Path) -> None:
@@ -148,6 +189,19 @@ def test_errors_name_the_cause_and_have_their_code(server: Path, arguments: list
     assert done.returncode == code
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_counts_that_a_stop_forgets_say_so(tmp_path: Path) -> None:
+    for count, total in ((5, 5), (3, 8)):
+        with served(tmp_path / "broker"):
+            shmbroker_json(tmp_path / "broker", "send", "--topic", "t", stdin=b"12345\n" * count)
+            received = shmbroker(tmp_path / "broker", "receive", "--group", "g", "--topic", "t")
+            assert received.stdout == "12345\n" * count
+            (topic,) = shmbroker_json(tmp_path / "broker", "topic", "list")
+            assert (topic["sent"], topic["bytes_since_start"]) == (total, 5 * count)
+            lag = shmbroker_json(tmp_path / "broker", "group", "show", "g")
+            assert lag["delivered_since_start"] == count
+            assert "delivered since the start" in shmbroker(tmp_path / "broker", "group", "show", "g").stdout
 
 
 def test_a_second_server_is_refused(server: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
+import sys
+import termios
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from support.command import TIMEOUT, shmbroker, shmbroker_json
 from support.served import SETTINGS, feed, lines, served, start, wait_for_the_end
+from support.waiting import wait_until
+
+from shmbroker.tools.exit_codes import ExitCode
 
 
 @pytest.fixture
@@ -59,27 +66,122 @@ def test_max_leaves_the_rest_for_the_next_one(server: Path) -> None:
     assert Counter(first + second) == Counter(sent)
 
 
-def test_what_could_not_be_printed_is_delivered_again(server: Path) -> None:
-    """The reader takes one line and goes; nothing of the rest is lost, nothing is said about the broken pipe."""
-    sent = [f"{number} {'x' * 2000}" for number in range(100)]
+@pytest.mark.parametrize("size", [1, 10_000], ids=["lines", "lines longer than the pipe"])
+def test_what_the_reader_of_the_pipe_did_not_take_is_delivered_again(server: Path, size: int) -> None:
+    """The reader takes one line and goes: that one is acknowledged and no other, although others were in the pipe."""
+    sent = [f"{number} {'x' * size}" for number in range(50)]
     shmbroker_json(server, "send", "--topic", "t", stdin=feed(sent))
     printer = start(server, "receive", "--group", "g", "--topic", "t", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert printer.stdout is not None
     first = printer.stdout.readline().decode().rstrip("\n")
+    wait_until(lambda: pending(printer.stdout) > 0, "the next line in the pipe")
     printer.stdout.close()
     _, complaint = printer.communicate(timeout=TIMEOUT)
     assert (printer.returncode, complaint) == (0, b"")
     rest = shmbroker(server, "receive", "--group", "g", "--topic", "t").stdout.splitlines()
-    assert set(sent) - {first} <= set(rest) <= set(sent)
+    assert Counter([first, *rest]) == Counter(sent)
+
+
+def pending(stream: IO[bytes] | None) -> int:
+    """Bytes that lie in a pipe."""
+    assert stream is not None
+    return int.from_bytes(fcntl.ioctl(stream, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def test_a_reader_that_takes_nothing_gets_the_message_no_longer_than_its_time(server: Path) -> None:
+    shmbroker_json(server, "send", "--topic", "t", stdin=b"only\n")
+    arguments = ["receive", "--group", "g", "--topic", "t", "--invisible", "1"]
+    printer = start(server, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert printer.wait(TIMEOUT) == ExitCode.RETRY_LATER
+    _, complaint = printer.communicate()
+    assert complaint == b"shmbroker: the reader of the pipe takes nothing; the message stays in the broker\n"
+    assert shmbroker(server, "receive", "--group", "g", "--topic", "t").stdout == "only\n"
+
+
+def test_a_batch_is_written_and_acknowledged_as_one(server: Path, tmp_path: Path) -> None:
+    sent = lines(1000)
+    shmbroker_json(server, "send", "--topic", "t", "--batch", "100", stdin=feed(sent))
+    with (tmp_path / "out").open("wb") as out:
+        arguments = ["receive", "--group", "g", "--topic", "t", "--batch", "300", "--max", "800", "--wait", "0"]
+        assert start(server, *arguments, stdout=out.fileno()).wait(TIMEOUT) == 0
+    rest = shmbroker(server, "receive", "--group", "g", "--topic", "t", "--batch", "64").stdout.splitlines()
+    assert len(rest) == 200
+    assert Counter((tmp_path / "out").read_text().splitlines() + rest) == Counter(sent)
+
+
+def test_an_output_that_cannot_be_written_keeps_the_message(server: Path) -> None:
+    shmbroker_json(server, "send", "--topic", "t", stdin=b"only\n")
+    with Path("/dev/full").open("wb") as full:
+        printer = start(server, "receive", "--group", "g", "--topic", "t", stdout=full.fileno(), stderr=subprocess.PIPE)
+        _, complaint = printer.communicate(timeout=TIMEOUT)
+    assert printer.returncode == ExitCode.OPERATOR
+    assert complaint == b"shmbroker: standard output cannot be written to: No space left on device\n"
+    assert shmbroker(server, "receive", "--group", "g", "--topic", "t").stdout == "only\n"
+
+
+def test_without_acknowledging_the_same_messages_come_again(server: Path) -> None:
+    shmbroker_json(server, "send", "--topic", "t", stdin=feed(lines(20)))
+    for _ in range(2):
+        shown = shmbroker(server, "receive", "--group", "g", "--topic", "t", "--no-ack", "--max", "15")
+        assert len(set(shown.stdout.splitlines())) == 15
+    received = shmbroker(server, "receive", "--group", "g", "--topic", "t").stdout.splitlines()
+    assert Counter(received) == Counter(lines(20))
+
+
+def test_receiving_from_a_mistyped_topic_makes_neither_topic_nor_group(server: Path) -> None:
+    refused = shmbroker(server, "receive", "--group", "g", "--topic", "nosuch")
+    assert refused.returncode == ExitCode.USAGE
+    assert "topic 'nosuch' does not exist" in refused.stderr
+    assert "`shmbroker topic list`" in refused.stderr
+    assert (shmbroker_json(server, "topic", "list"), shmbroker_json(server, "group", "list")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "says"),
+    [
+        (["send", "--topic", "t"], b"", ""),
+        (["send", "--topic", "t"], b"\n\n", ""),
+        (["send", "--topic", "a b"], b"x\n", "NameIllegal: topic 'a b': only letters, digits and % | _ - are allowed"),
+        (["send", "--topic", "t", "--group", "a b"], b"x\n", "NameIllegal: group 'a b': only letters"),
+        (["topic", "create", "a b"], b"", "NameIllegal: topic 'a b': only letters"),
+        (["receive", "--group", "g", "--topic", "t"], b"", "is no broker's directory"),
+    ],
+    ids=["nothing", "empty lines", "topic", "group", "create", "receive"],
+)
+def test_a_command_that_does_nothing_makes_no_directory(
+    tmp_path: Path, arguments: list[str], stdin: bytes, says: str
+) -> None:
+    done = shmbroker(tmp_path / "new", *arguments, stdin=stdin)
+    assert says in done.stderr
+    assert (done.returncode == 0) == (says == "")
+    assert done.stderr.count("\n") == bool(says)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_send_tells_how_far_it_came(server: Path) -> None:
+    sender = start(
+        server, "send", "--topic", "t", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert sender.stdin is not None
+    sender.stdin.write(feed(lines(3)))
+    sender.stdin.flush()
+    wait_until(lambda: [t["sent"] for t in shmbroker_json(server, "topic", "list")] == [3], "three lines sent")
+    sender.send_signal(signal.SIGINT)
+    told, complaint = sender.communicate(timeout=TIMEOUT)
+    assert sender.returncode == ExitCode.INTERRUPTED
+    assert told.split() == b"status messages SEND_OK 3".split()
+    assert complaint == b"stopped behind line 3: all before is sent, of the next 1 it is unknown\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_follower_leaves_cleanly_and_holds_nothing(server: Path, number: signal.Signals, code: int) -> None:
+    shmbroker_json(server, "topic", "create", "t")
     follower = start(server, "receive", "--group", "g", "--topic", "t", "--follow", stdout=subprocess.PIPE)
     try:
         shmbroker_json(server, "send", "--topic", "t", stdin=b"seen\n")
         assert follower.stdout is not None
         assert follower.stdout.readline() == b"seen\n"
+        wait_until(lambda: shmbroker_json(server, "group", "list")[0]["lag_messages"] == 0, "acknowledged")
         follower.send_signal(number)
         assert follower.wait(TIMEOUT) == code
         follower.stdout.close()

@@ -9,6 +9,7 @@ from support.command import shmbroker, shmbroker_json
 from support.store_builder import StoreBuilder
 
 from shmbroker.process import FileLock
+from shmbroker.record import RecordKind, TopicBody
 
 
 def build(directory: Path, messages: int = 200) -> StoreBuilder:
@@ -113,6 +114,23 @@ def test_dump_prints_what_was_written(tmp_path: Path) -> None:
     assert (second["body_base64"], second["queue_id"], second["position"]) == ("/wA=", 2, store.places[2])
 
 
+def test_dump_shows_one_topic_by_its_name_also_behind_damage(tmp_path: Path) -> None:
+    """The name stands in the log's own records; a topic that was made twice has two numbers."""
+    store = build(tmp_path)
+    for topic_id in (7, 8):
+        store.append(RecordKind.TOPIC, TopicBody("orders", topic_id, 1).encode())
+        store.message(b"of %d" % topic_id, topic_id=topic_id)
+        store.append(RecordKind.TOPIC, TopicBody("orders", topic_id, deleted=True).encode())
+    store.sync()
+    store.checkpoint()
+    store.flip(store.places[70] + 90)
+    arguments = ["log", "dump", "--topic", "orders", "--body", "--from", str(store.places[80])]
+    done = shmbroker(tmp_path, "--json", *arguments)
+    assert [json.loads(line)["body"] for line in done.stdout.splitlines()] == ["of 7", "of 8"]
+    refused = shmbroker(tmp_path, "log", "dump", "--topic", "others")
+    assert (refused.returncode, "topic 'others' is not in this log" in refused.stderr) == (2, True)
+
+
 def test_dump_begins_at_the_next_record_and_stops_where_it_is_told(tmp_path: Path) -> None:
     store = build(tmp_path)
     done = shmbroker(tmp_path, "--json", "log", "dump", "--from", str(store.places[3] + 1), "--limit", "2")
@@ -148,6 +166,9 @@ def test_rebuild_finds_no_difference_in_what_it_has_made(tmp_path: Path) -> None
     derive(tmp_path, store)
     answer = shmbroker_json(tmp_path, "log", "rebuild")
     assert (answer["messages"], answer["differences"]) == (205, [])
+    assert shmbroker(tmp_path, "log", "rebuild").stdout.endswith("nothing was changed\n")
+    replaced = shmbroker(tmp_path, "log", "rebuild", "--replace").stdout
+    assert replaced.endswith("the rebuilt files have taken the place of the live ones\n")
     assert not (tmp_path / "rebuilt.tmp").exists()
 
 

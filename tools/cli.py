@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
 from shmbroker.errors import ShmBrokerError
 from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
 from shmbroker.tools.session import Failure, common_options
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # name: (module, one line for --help). The line stands here so that --help loads no module.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -35,6 +38,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "bench": ("bench", "Measure the broker beside the bare machine."),
     "failpoints": ("failpoints", "List the places where tests can make a process die."),
 }
+HIDDEN: Final = frozenset({"failpoints"})  # for contributors: CONTRIBUTING.md
 
 
 class Terminated(BaseException):
@@ -43,7 +47,7 @@ class Terminated(BaseException):
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(COMMANDS)
+        return [name for name in COMMANDS if name not in HIDDEN]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
@@ -52,9 +56,9 @@ class _Commands(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
 
 @click.group(
@@ -67,21 +71,17 @@ class _Commands(click.Group):
 def cli() -> None:
     """A durable message broker for the processes of one host.
 
-    Producers and consumers share a ring in memory; a flusher keeps it on disk. All commands work on one DIRECTORY and
-    start its workers if nobody has done so.
+    Producers and consumers share a ring in memory; a flusher keeps it on disk. All commands work on one DIRECTORY.
+    `serve`, `send` and `topic create` make it; the others want one that is there. Commands that need the workers start
+    them if nobody has.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run a command, say in one line what went wrong, leave with a named exit code."""
     signal.signal(signal.SIGTERM, _raise_terminated)
-    code = _run(arguments)
-    # A reader that went away must not turn a finished command into a traceback at interpreter exit.
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.exit(code)
-    _drop_stdout()
-    sys.exit(code)
+    sys.stdout = _guarded(sys.stdout)
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -89,6 +89,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         with cli.make_context("shmbroker", list(sys.argv[1:] if arguments is None else arguments)) as context:
             result: Any = cli.invoke(context)
+        sys.stdout.flush()
     except click.exceptions.Exit as leaving:  # --help and --version
         return leaving.exit_code
     except click.ClickException as error:
@@ -102,7 +103,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Terminated:
         return ExitCode.TERMINATED
     except BrokenPipeError:  # whoever read our output has enough of it
-        _drop_stdout()
         return ExitCode.OK
     except (ShmBrokerError, OSError) as error:
         hint = remedy(error)
@@ -121,8 +121,27 @@ def _raise_terminated(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
+class _Stdout(io.FileIO):
+    """Standard output whose errors are told from those of the broker's files: a full output is no full store."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            _drop_stdout()  # else the interpreter's last flush meets it again
+            raise
+        except OSError as error:
+            _drop_stdout()
+            raise Failure(f"standard output cannot be written to: {error.strerror}", ExitCode.OPERATOR) from error
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    raw = io.BufferedWriter(_Stdout(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.isatty())
+
+
 def _drop_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush finds no broken pipe."""
+    """Point stdout at nothing: whatever else is written goes there."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from shmbroker.tools.exit_codes import ExitCode
+from shmbroker.tools.session import Failure
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -75,6 +78,15 @@ def _plain_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> N
         click.echo(f"{title}:")
     for row in [list(columns), *rows]:
         click.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Go on only if a person says so, or has said so beforehand with ``--yes``. Raises Failure."""
+    if yes:
+        return
+    click.echo(f"{question} [y/N] ", nl=False, err=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Failure("nothing changed; --yes answers this question", ExitCode.FINDING)
 
 
 class Advance(Protocol):

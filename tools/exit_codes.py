@@ -38,6 +38,8 @@ _BY_CLASS: tuple[tuple[type[Exception], ExitCode], ...] = (
 # What a person should do, where the error's own sentence does not say it. Leaves before branches.
 _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (errors.BrokerBusy, "try again; `shmbroker status` shows what holds it up"),
+    (errors.TopicNotExist, "`shmbroker topic list` shows those that exist"),
+    (errors.GroupNotExist, "`shmbroker group list` shows those that exist"),
     (errors.NotReady, "try again in a moment; the workers' logs are in run/ of the directory"),
     (errors.ReceiptExpired, "the message will be delivered again; a longer --invisible gives more time"),
     (errors.StoreFull, "free space on that disk; sending resumes by itself"),

@@ -1,4 +1,4 @@
-"""``shmbroker group``: how far consumer groups are, and what they hold back."""
+"""``shmbroker group``: how far consumer groups are, what they hold back, and an end for those that nobody needs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from typing import Any
 
 import click
 
+from shmbroker.errors import GroupNotExist
 from shmbroker.tools import console
+from shmbroker.tools.group_lag import brief, lags
 from shmbroker.tools.session import Session, common_options, pass_session
 
 
 @click.group()
 @common_options
 def group() -> None:
-    """Show consumer groups, their lag, and what they hold back; switch their subscription.
+    """Show consumer groups, their lag, and what they hold back; switch their subscription; delete those nobody needs.
 
     \b
     shmbroker group list
     shmbroker group show audit
     shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
+    shmbroker group delete oudit --yes
     """
 
 
@@ -67,7 +70,10 @@ def show(session: Session, name: str) -> None:
         ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),
         ("in flight", f"{lag['in_flight']:,}"),
         ("log held back", console.size(lag["held_back_bytes"])),
-        ("delivered", f"{lag['delivered']:,}, of them again {lag['redelivered']:,}"),
+        (
+            "delivered since the start",
+            f"{lag['delivered_since_start']:,}, of them again {lag['redelivered_since_start']:,}",
+        ),
     ]
     console.table("", ["group", name], rows)
     console.table(
@@ -117,6 +123,29 @@ def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags:
         click.echo(f"{name} subscribes to {', '.join(f'{topic}: {tags}' for topic, tags in subscription.items())} now")
 
 
+@group.command()
+@common_options
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_session
+def delete(session: Session, name: str, yes: bool) -> None:
+    """Delete a group and its progress. What it had not consumed no longer keeps log from being deleted.
+
+    \b
+    shmbroker group delete oudit --yes     # made by a slip of the pen
+
+    No live process may consume in it. A group that is made again under this name begins like a new one.
+    """
+    with session.open() as broker:
+        (found,) = _chosen(brief(broker.region), name)
+        console.confirm(f"Delete group {name}, which has {found['lag_messages']:,} messages to come?", yes)
+        broker.delete_group(name)
+    if session.json:
+        console.print_json({"group": name, "result": "deleted"})
+    else:
+        click.echo(f"deleted {name}")
+
+
 def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
     oldest = console.duration(lag["lag_seconds"]) if lag["lag_messages"] else "-"
     return f"{lag['lag_messages']:,}", console.size(lag["lag_bytes"]), oldest, f"{lag['in_flight']:,}"
@@ -130,14 +159,13 @@ def _holder(oldest: dict[str, Any] | None) -> str:
 
 
 def _lags(session: Session, name: str | None) -> list[dict[str, Any]]:
-    from shmbroker.errors import GroupNotExist
-    from shmbroker.tools.group_lag import lags
-
     with session.open() as broker:
         found = lags(session.paths, broker.region)
-    if name is None:
-        return found
+    return found if name is None else _chosen(found, name)
+
+
+def _chosen(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     chosen = [lag for lag in found if lag["group"] == name]
     if not chosen:
-        raise GroupNotExist(f"group {name!r} does not exist; `shmbroker group list` shows those that do")
+        raise GroupNotExist(f"group {name!r} does not exist")
     return chosen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shmbroker.errors import TopicNotExist
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
@@ -50,13 +51,23 @@ def _open(session: Session) -> StoredLog:
 @click.option("--to", "end", type=click.IntRange(0), help="Position to stop before.  [default: the end]")
 @click.option("--limit", type=click.IntRange(1), help="Leave after so many records.")
 @click.option("--kind", help="Only records of this kind: message, topic, progress, ...")
+@click.option("--topic", help="Only messages of this topic.")
 @click.option("--body/--no-body", default=False, help="Print bodies as well.")
 @pass_session
-def dump(session: Session, start: int | None, end: int | None, limit: int | None, kind: str | None, body: bool) -> int:
+def dump(
+    session: Session,
+    start: int | None,
+    end: int | None,
+    limit: int | None,
+    kind: str | None,
+    topic: str | None,
+    body: bool,
+) -> int:
     """Print the records of the log, one line each.
 
     \b
     shmbroker log dump --from 1048576 --limit 10 --body
+    shmbroker log dump --topic orders
     shmbroker --json log dump --kind topic | jq .body
 
     Leaves with 1 if it ends at a place where a record should be and is not.
@@ -66,6 +77,9 @@ def dump(session: Session, start: int | None, end: int | None, limit: int | None
     if kind is not None and kind.upper() not in RecordKind.__members__:
         raise click.BadParameter(f"{kind}: one of {', '.join(name.lower() for name in RecordKind.__members__)}")
     stored = _open(session)
+    topics = None if topic is None else stored.topic_ids(topic)
+    if topics == set():
+        raise TopicNotExist(f"topic {topic!r} is not in this log")
     start = stored.first if start is None else stored.align(start)
     end = min(stored.limit if end is None else end, stored.limit)
     position, printed = start, 0
@@ -73,7 +87,8 @@ def dump(session: Session, start: int | None, end: int | None, limit: int | None
         if record.position >= end:
             return ExitCode.OK
         position = next_position(record.position, record.size, stored.segment_bytes)
-        if kind is None or record.kind == RecordKind[kind.upper()]:
+        of_topic = topics is None or (record.kind == RecordKind.MESSAGE and record.topic_id in topics)
+        if of_topic and (kind is None or record.kind == RecordKind[kind.upper()]):
             click.echo(_as_json(record, body) if session.json else _as_line(record, body))
             printed += 1
         if printed == limit:
@@ -239,7 +254,8 @@ def _report_rebuilt(session: Session, rebuilt: Rebuilt, found: list[dict[str, An
         console.print_json(counts | {"differences": found, "replaced": replaced})
         return
     rows = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
-    console.table("", ["rebuilt", ""], [*rows, ("differences", f"{len(found):,}"), ("replaced", replaced)])
+    console.table("", ["rebuilt", ""], [*rows, ("differences", f"{len(found):,}")])
+    click.echo("the rebuilt files have taken the place of the live ones" if replaced else "nothing was changed")
     for difference in found[:DIFFERENCES_SHOWN]:
         click.secho(f"! {difference['what']}: live {difference['live']}, log says {difference['rebuilt']}", fg="red")
     if len(found) > DIFFERENCES_SHOWN:
@@ -276,8 +292,7 @@ def repair(session: Session, yes: bool) -> int:
             return ExitCode.OK
         place_of_cut = min(damage.position for damage in verdict.damages)
         lost = max(verdict.end, verdict.durable) - place_of_cut
-        if not yes and not click.confirm(f"Cut the log at position {place_of_cut:,}? {console.size(lost)} are lost."):
-            raise Failure("nothing changed", ExitCode.FINDING)
+        console.confirm(f"Cut the log at position {place_of_cut:,}? {console.size(lost)} are lost.", yes)
         ring_bytes = load(paths.directory).layout.ring_bytes
         place = LogPlace(paths.log, stored.segment_bytes, ring_bytes, stored.store)
         checkpoints = CheckpointFile(paths.checkpoint)

@@ -14,6 +14,10 @@ missing() {
 command -v "$PYTHON" >/dev/null 2>&1 ||
     missing "$PYTHON was not found; install it (Debian: apt-get install python3 python3-venv python3-dev) or name one: make PYTHON=python3.12 ..."
 
+# A shim that chooses between versions may be there without a version to choose.
+reason="$("$PYTHON" -c '' 2>&1)" ||
+    missing "$PYTHON does not run ($(echo $reason)); install Python 3.11 or newer and name it: make PYTHON=/usr/bin/python3 ..."
+
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     missing "$("$PYTHON" --version 2>&1) is too old; Python 3.11 or newer is needed: install one and name it: make PYTHON=python3.12 ..."
 

@@ -1,21 +1,29 @@
-"""``shmbroker receive``: messages become lines, and are acknowledged once the lines are written."""
+"""``shmbroker receive``: messages become lines, and each is acknowledged once its line is out of our hands."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import select
+import stat
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shmbroker.errors import TopicNotExist
+from shmbroker.naming import check_group, check_topic
 from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Session, common_options, pass_session
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 if TYPE_CHECKING:
     from shmbroker._native._core import ReceivedMessage
 
-BATCH: Final = 64
+BATCH_MAX: Final = 1024
 SLICE_SECONDS: Final = 1.0
+BUSY_MS: Final = 10
 
 
 @click.command()
@@ -23,13 +31,24 @@ SLICE_SECONDS: Final = 1.0
 @click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
 @click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
 @click.option("--tags", default="*", show_default=True, help="A tag expression: 'paid || refunded'.")
-@click.option("--max", type=click.IntRange(1), help="Leave after so many messages.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1, BATCH_MAX),
+    default=1,
+    show_default=True,
+    help="Messages received, written and acknowledged together; more: faster.",
+)
+@click.option("--max", "most", type=click.IntRange(1), help="Leave after so many messages.")
 @click.option(
     "--wait", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds without a message before leaving."
 )
 @click.option("--follow", is_flag=True, help="Wait for more for ever, until Ctrl-C or --max.")
 @click.option(
-    "--invisible", type=click.FloatRange(1, 43_200), default=60.0, show_default=True, help="Seconds to print a message."
+    "--invisible",
+    type=click.FloatRange(1, 43_200),
+    default=60.0,
+    show_default=True,
+    help="Seconds to write a batch, and for the reader of a pipe to take it.",
 )
 @click.option("--no-ack", is_flag=True, help="Look only: what was printed is held, and given back on leaving.")
 @pass_session
@@ -38,58 +57,101 @@ def receive(
     group: str,
     topics: tuple[str, ...],
     tags: str,
-    max: int | None,
+    batch: int,
+    most: int | None,
     wait: float,
     follow: bool,
     invisible: float,
     no_ack: bool,
 ) -> int:
-    """Print each message's body as one line and acknowledge it once the line is written.
+    """Print each message's body as one line, and acknowledge it.
 
     \b
     shmbroker receive --group audit --topic orders
     shmbroker receive --group audit --topic orders --tags 'paid || refunded' --max 10
     shmbroker --json receive --group audit --topic orders --follow | jq .keys
 
-    A message whose line could not be written is delivered again. Leaves with 0, or 1 if there was no message at all.
+    Acknowledged means that the group never gets the message again. It is done one by one, or batch by batch: when the
+    line is written to the file or the terminal, or when the reader of the pipe has taken it. So `| head -1`
+    acknowledges what head has read, --max N acknowledges N, --no-ack nothing. What is not acknowledged when the command
+    ends, however it ends, is delivered again.
+
+    The directory and the topic must exist. Leaves with 0, or 1 if there was no message.
     """
+    check_group(group)
     received = 0
-    with (
-        session.open() as broker,
-        broker.simple_consumer(group, dict.fromkeys(topics, tags)) as consumer,
-    ):
-        idle_since = time.monotonic()
-        while max is None or received < max:
-            patience = SLICE_SECONDS if follow else idle_since + wait - time.monotonic()
-            if patience < 0:
-                break
-            count = BATCH if max is None else min(BATCH, max - received)
-            # Slices, so that a long wait is nothing special: receive itself gives way to Ctrl-C.
-            messages = consumer.receive(max_messages=count, wait=min(patience, SLICE_SECONDS), invisible=invisible)
-            if not messages:
-                continue
-            try:
-                _write(messages, json=session.json)
-            except BaseException:
-                _give_back(consumer, messages)  # the reader of our lines is gone: somebody else gets them at once
-                raise
-            if not no_ack:  # else held, or they would come again at once; closing the consumer gives them back
-                consumer.ack(messages)
-            received += len(messages)
+    with session.open() as broker:
+        missing = {check_topic(topic) for topic in topics} - {entry["name"] for entry in broker.topics()}
+        if missing:  # a consumer would make it, and a slip of the pen would wait there for ever
+            raise TopicNotExist(f"topic {min(missing)!r} does not exist: nothing to receive")
+        output = _Output()
+        with broker.simple_consumer(group, dict.fromkeys(topics, tags)) as consumer:
             idle_since = time.monotonic()
+            while most is None or received < most:
+                left = SLICE_SECONDS if follow else idle_since + wait - time.monotonic()
+                count = batch if most is None else min(batch, most - received)
+                # Slices, so that a long wait is nothing special: receive itself gives way to Ctrl-C.
+                messages = consumer.receive(count, wait=max(0.0, min(left, SLICE_SECONDS)), invisible=invisible)
+                if messages:
+                    lines = [_as_json(message) if session.json else message.body for message in messages]
+                    output.write(b"".join(line + b"\n" for line in lines), invisible)
+                    if not no_ack:  # else held, or they would come again at once; closing the consumer gives them back
+                        consumer.ack(messages)
+                    received += len(messages)
+                    idle_since = time.monotonic()
+                elif left <= 0:
+                    break
     return ExitCode.OK if received else ExitCode.FINDING
 
 
-def _give_back(consumer: Any, messages: list[ReceivedMessage]) -> None:
-    for message in messages:
-        consumer.change_invisible_duration(message, 0.0)
+class _Output:
+    """Standard output. Lines are out of our hands when ``write`` returns.
+
+    What lies in a pipe its reader may never take, so ``write`` waits until the pipe is empty. The kernel says so of a
+    pipe that holds one page: it can be written to just when nothing is in it.
+    """
+
+    def __init__(self) -> None:
+        self._poll: select.poll | None = None
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            self._poll = select.poll()
+            self._poll.register(sys.stdout.fileno(), select.POLLOUT)
+            _hold_one_page(sys.stdout.fileno())
+
+    def write(self, lines: bytes, seconds: float) -> None:
+        """Raises BrokenPipeError if the reader has gone, Failure if it takes nothing for so long, or writing fails."""
+        out, deadline = sys.stdout.buffer, time.monotonic() + seconds
+        if self._poll is None:
+            out.write(lines)
+            out.flush()
+            return
+        for start in range(0, len(lines), select.PIPE_BUF):
+            out.write(lines[start : start + select.PIPE_BUF])
+            out.flush()
+            _wait_taken(self._poll, deadline)
 
 
-def _write(messages: list[ReceivedMessage], *, json: bool) -> None:
-    out = sys.stdout.buffer
-    for message in messages:
-        out.write((_as_json(message) if json else message.body) + b"\n")
-    out.flush()
+def _hold_one_page(pipe: int) -> None:
+    closed = select.poll()
+    closed.register(pipe, 0)
+    while True:
+        try:
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, os.sysconf("SC_PAGESIZE"))
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # else there is more in it, from whoever wrote before us
+                raise
+        else:
+            return
+        if closed.poll(BUSY_MS):
+            raise BrokenPipeError
+
+
+def _wait_taken(poll: select.poll, deadline: float) -> None:
+    events = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+    if not events:
+        raise Failure("the reader of the pipe takes nothing; the message stays in the broker", ExitCode.RETRY_LATER)
+    if not events[0][1] & select.POLLOUT:  # POLLERR alone: the reader has gone and left something in it
+        raise BrokenPipeError
 
 
 def _as_json(message: ReceivedMessage) -> bytes:

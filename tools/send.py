@@ -7,12 +7,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import click
 
 from shmbroker.errors import ShmBrokerError
+from shmbroker.naming import check_group, check_topic
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session
@@ -52,21 +53,34 @@ def send(
     shmbroker send --topic orders --tag paid --input orders.jsonl --batch 100
     shmbroker -d data/orders send --topic orders --key order-42 <<< '{"id": 42}'
 
-    Leaves with 0 if every message is SEND_OK, 1 if some are stored but not proven durable.
+    Makes the directory and starts the broker when the first line has come. Leaves with 0 if every message is SEND_OK,
+    1 if some are stored but not proven durable.
     """
-    settings = {"flush_disk_type": "SYNC_FLUSH"} if sync else {}
-    lines = _Lines(input)
+    check_topic(topic)
+    check_group(group)
+    if input.isatty():
+        click.echo("one message per line; Ctrl-D ends", err=True)
     statuses: Counter[str] = Counter()
+    lines = _Lines(input)
+    chunks = lines.chunks(batch)
+    first = next(chunks, None)
+    if first is None:
+        _report(session, statuses, lines, 0.0)
+        return ExitCode.OK
+    settings = {"flush_disk_type": "SYNC_FLUSH"} if sync else {}
     with session.open(create=True, **settings) as broker, broker.producer(group) as producer:
         started = time.monotonic()
         try:
             with console.progress("sending", lines.size) as advance:
-                bodies = iter(lines)
-                while chunk := list(islice(bodies, batch)):
+                for chunk in chain([first], chunks):
                     statuses[_send(producer, topic, chunk, tag, keys)] += len(chunk)
                     advance(sum(map(len, chunk)) + len(chunk))
         except ShmBrokerError as error:
             error.add_note(f"Stopped behind line {lines.done(statuses.total())}; what stands before it was sent.")
+            raise
+        except BaseException:  # Ctrl-C, SIGTERM
+            done = lines.done(statuses.total())
+            click.echo(f"stopped behind line {done}: all before is sent, of the next {batch} it is unknown", err=True)
             raise
         finally:  # whoever is interrupted wants to know how far it came
             _report(session, statuses, lines, time.monotonic() - started)
@@ -91,6 +105,12 @@ class _Lines:
             else:
                 self.empty += 1
 
+    def chunks(self, count: int) -> Iterator[list[bytes]]:
+        """The same, ``count`` at a time."""
+        bodies = iter(self)
+        while chunk := list(islice(bodies, count)):
+            yield chunk
+
     def done(self, sent: int) -> int:
         """Number of the line up to which all are dealt with, when ``sent`` messages were sent."""
         return sent + self.empty
@@ -114,6 +134,6 @@ def _report(session: Session, statuses: Counter[str], lines: _Lines, seconds: fl
     rows: list[tuple[object, ...]] = [(status, f"{count:,}") for status, count in sorted(statuses.items())]
     if lines.empty:
         rows.append(("empty lines skipped", f"{lines.empty:,}"))
-    console.table("", ["status", ">messages"], rows, empty="no lines, nothing sent")
+    console.table("", ["status", ">messages"], rows, empty="nothing sent")
     if sent and sys.stdout.isatty():
         click.echo(f"{console.size(lines.bytes)} in {console.duration(seconds)}, {rate:,.0f} messages/s")

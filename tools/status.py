@@ -26,6 +26,7 @@ def status(session: Session) -> int:
     something is wrong, 6 if no broker runs.
     """
     from shmbroker import health as health_of
+    from shmbroker.tools.group_lag import brief
 
     paths = session.require_directory()
     found = session.attach()
@@ -34,6 +35,7 @@ def status(session: Session) -> int:
     else:
         region, descriptor = found
         health = health_of.of_running(region, descriptor, paths)
+        health["group_lag"] = brief(region)
         region.close()
     if session.json:
         console.print_json(health)
@@ -47,6 +49,7 @@ def status(session: Session) -> int:
 def _draw(health: dict[str, Any], *, running: bool) -> None:
     if running:
         _summary(health)
+        _groups(health["group_lag"])
         _processes(health)
     else:
         _disk(health)
@@ -74,6 +77,11 @@ def _summary(health: dict[str, Any]) -> None:
         ("disk", _disk_line(health["disk"])),
     ]
     console.table("", ["broker", ""], rows)
+
+
+def _groups(lags: list[dict[str, Any]]) -> None:
+    rows = [(lag["group"], f"{lag['lag_messages']:,}", f"{lag['in_flight']:,}") for lag in lags]
+    console.table("groups", ["group", ">lag in messages", ">in flight"], rows)
 
 
 def _lock_line(lock: dict[str, Any]) -> str:

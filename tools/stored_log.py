@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shmbroker._native import _core
 from shmbroker._native._core import RECORD_ALIGN_BYTES
 from shmbroker.naming import BrokerPaths, segment_name
+from shmbroker.record import RecordKind, TopicBody
 from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.commit_log import WINDOW_BYTES, LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES
@@ -117,6 +118,20 @@ class StoredLog:
         found = self._next_valid(-(-max(position, self.first) // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES)
         return found if found is not None else self.limit
 
+    def topic_ids(self, name: str) -> set[int]:
+        """The ids under which the log knows a topic of this name: one for each time that it was made."""
+        found: set[int] = set()
+        position = self.first
+        while position < self.limit:
+            epoch = self._epoch_at(position)
+            if epoch:
+                position = self._collect_topic_ids(name, position, epoch, found)
+            following = self._next_valid(position)  # behind a damaged place, if that is why it ended here
+            if following is None:
+                break
+            position = following
+        return found
+
     def verify(self, advance: Callable[[float], None] = lambda amount: None) -> Verdict:  # noqa: ARG005
         """Read every byte from the oldest segment on and account for it.
 
@@ -159,6 +174,20 @@ class StoredLog:
             verdict.messages += sum(len(entries) // ENTRY_BYTES for *_, entries in runs)
             epoch = last_epoch
             advance(behind - position)
+            return behind
+
+        return self.reader.feed(start, self.limit, consume)
+
+    def _collect_topic_ids(self, name: str, start: int, epoch: int, found: set[int]) -> int:
+        """Take them from the whole records that begin at ``start``; returns where those end."""
+
+        def consume(data: memoryview, position: int) -> int:
+            nonlocal epoch
+            _, marked, behind, epoch, _ = _core.dispatch_scan(data, position, epoch, self.segment_bytes, keys=False)
+            for place in marked:
+                record = _core.decode_record(data[place - position :], place)
+                if record.kind == RecordKind.TOPIC and (body := TopicBody.parse(record.body)).name == name:
+                    found.add(body.topic_id)
             return behind
 
         return self.reader.feed(start, self.limit, consume)

@@ -34,7 +34,7 @@ class StoredMessages:
     def topic_id(self, name: str) -> int:
         """Raises TopicNotExist."""
         if name not in self._topic_ids:
-            raise TopicNotExist(f"topic {name!r} does not exist; `shmbroker topic list` shows those that do")
+            raise TopicNotExist(f"topic {name!r} does not exist")
         return self._topic_ids[name]
 
     def __enter__(self) -> Self:

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
+from shmbroker.errors import TopicNotExist
+from shmbroker.naming import PERMISSIONS, check_topic, permission_name
 from shmbroker.tools import console
-from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Failure, Session, common_options, pass_session
+from shmbroker.tools.session import Session, common_options, pass_session
 
-PERMISSIONS = {"r": 4, "w": 2, "rw": 6}
-_NAMES = {value: name for name, value in PERMISSIONS.items()}
+PERMISSION_HELP = "r: may be consumed, w: may be sent to."
 
 
 @click.group()
@@ -30,17 +30,20 @@ def topic() -> None:
 @topic.command()
 @common_options
 @click.argument("name")
-@click.option("--queues", type=click.IntRange(1, 1024), default=4, show_default=True)
-@click.option("--permission", type=click.Choice(list(PERMISSIONS)), default="rw", show_default=True)
+@click.option("--queues", type=click.IntRange(1, 1024), help="[default: what broker.toml says, else 4]")
+@click.option(
+    "--permission", type=click.Choice(list(PERMISSIONS)), default="rw", show_default=True, help=PERMISSION_HELP
+)
 @pass_session
-def create(session: Session, name: str, queues: int, permission: str) -> None:
+def create(session: Session, name: str, queues: int | None, permission: str) -> None:
     """Create a topic; creating it again as it stands changes nothing.
 
     \b
     shmbroker topic create orders --queues 8
     """
+    check_topic(name)  # before a broker is made for it
     with session.open(create=True) as broker:
-        broker.create_topic(name, queues=queues, permission=PERMISSIONS[permission])
+        broker.create_topic(name, queues=queues, permission=permission)
     _done(session, "created", name)
 
 
@@ -61,7 +64,7 @@ def list_topics(session: Session) -> None:
         return
     console.table(
         "",
-        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes ever"],
+        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes since the start"],
         [
             (
                 entry["name"],
@@ -69,7 +72,7 @@ def list_topics(session: Session) -> None:
                 entry["permission"],
                 f"{entry['kept']:,}",
                 f"{entry['sent']:,}",
-                console.size(entry["bytes"]),
+                console.size(entry["bytes_since_start"]),
             )
             for entry in sorted(topics, key=lambda entry: str(entry["name"]))
         ],
@@ -82,13 +85,11 @@ def _as_row(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": entry["name"],
         "topic_id": entry["topic_id"],
-        "permission": _NAMES.get(entry["permission"], str(entry["permission"])),
+        "permission": permission_name(entry["permission"]),
         "sent": sum(queue["next_offset"] for queue in queues),
         "kept": sum(queue["next_offset"] - queue["first_offset"] for queue in queues),
-        "bytes": sum(queue["bytes"] for queue in queues),
-        "queues": [
-            {key: queue[key] for key in ("queue_id", "first_offset", "next_offset", "bytes")} for queue in queues
-        ],
+        "bytes_since_start": sum(queue["bytes"] for queue in queues),  # not in the log's snapshots
+        "queues": [{key: queue[key] for key in ("queue_id", "first_offset", "next_offset")} for queue in queues],
     }
 
 
@@ -96,7 +97,7 @@ def _as_row(entry: dict[str, Any]) -> dict[str, Any]:
 @common_options
 @click.argument("name")
 @click.option("--queues", type=click.IntRange(1, 1024), help="More queues; a topic never loses one.")
-@click.option("--permission", type=click.Choice(list(PERMISSIONS)), help="What clients may do.")
+@click.option("--permission", type=click.Choice(list(PERMISSIONS)), help=PERMISSION_HELP)
 @pass_session
 def alter(session: Session, name: str, queues: int | None, permission: str | None) -> None:
     """Give a topic more queues, or another permission.
@@ -108,7 +109,7 @@ def alter(session: Session, name: str, queues: int | None, permission: str | Non
     if queues is None and permission is None:
         raise click.UsageError("name what to alter: --queues or --permission")
     with session.open() as broker:
-        broker.alter_topic(name, queues=queues, permission=PERMISSIONS[permission] if permission else None)
+        broker.alter_topic(name, queues=queues, permission=permission)
     _done(session, "altered", name)
 
 
@@ -123,9 +124,10 @@ def delete(session: Session, name: str, yes: bool) -> None:
     \b
     shmbroker topic delete orders --yes
     """
-    if not yes and not click.confirm(f"Delete {name} and all its messages?"):
-        raise Failure("nothing deleted", ExitCode.FINDING)
     with session.open() as broker:
+        if name not in (entry["name"] for entry in broker.topics()):
+            raise TopicNotExist(f"topic {name!r} does not exist")
+        console.confirm(f"Delete {name} and all its messages?", yes)
         broker.delete_topic(name)
     _done(session, "deleted", name)
 

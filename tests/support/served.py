@@ -24,12 +24,17 @@ default_topic_queues = 2
 
 
 def start(
-    directory: Path, *arguments: str, stdout: int | None = None, stderr: int | None = None, failpoints: str = ""
+    directory: Path,
+    *arguments: str,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    failpoints: str = "",
 ) -> subprocess.Popen[bytes]:
     """A command that stays; the caller ends it."""
     command = [*COMMAND, "-d", str(directory), *arguments]
     armed = {"SHMBROKER_FAILPOINTS": failpoints} if failpoints else {}
-    return subprocess.Popen(command, env=environment() | armed, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(command, env=environment() | armed, stdin=stdin, stdout=stdout, stderr=stderr)
 
 
 @contextmanager

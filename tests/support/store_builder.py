@@ -56,10 +56,11 @@ class StoreBuilder:
         body = EpochBody(self.epoch, self._room(HEADER + 100), self.epoch - 1, reason).encode()
         return self.append(RecordKind.EPOCH, body)
 
-    def message(self, body: bytes = b"body", queue_id: int = 0, **fields: Any) -> int:
+    def message(self, body: bytes = b"body", queue_id: int = 0, topic_id: int = 1, **fields: Any) -> int:
         offset = self.offsets.get(queue_id, 0)
         self.offsets[queue_id] = offset + 1
-        return self.append(RecordKind.MESSAGE, body, queue_id=queue_id, queue_offset=offset, topic_id=1, **fields)
+        ids = {"topic_id": topic_id, "queue_id": queue_id, "queue_offset": offset}
+        return self.append(RecordKind.MESSAGE, body, **ids, **fields)
 
     def messages(self, count: int, size: int = 100) -> list[int]:
         return [self.message(b"%08d" % index * (size // 8), queue_id=index % 3) for index in range(count)]
