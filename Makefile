@@ -6,11 +6,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard shmbroker/_native/*.c shmbroker/_native/*.h shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint format native-test bench clean
+.PHONY: help demo venv test lint format native-test bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         stream a text file through a broker whose processes are killed on the way; nothing may be lost"
+	@echo "make venv         the command alone, as .venv/bin/shmbroker"
 	@echo "make test         all Python tests               PYTEST_ARGS='-k ring' runs some of them"
 	@echo "make lint         ruff, mypy, cython-lint, import contracts, C warnings"
 	@echo "make native-test  the C tests under address, undefined-behaviour and thread sanitizers"
@@ -19,6 +20,8 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/shmbroker demo
+
+venv: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,19 +61,24 @@ clean:
 # without setuptools, is enough. pip is renewed first: Debian 12's does not know dependency groups.
 $(VENV)/.created: pyproject.toml
 	@PYTHON="$(PYTHON)" sh tools/preflight.sh
-	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --upgrade "pip>=25.1"
-	$(PIP) install --group build
+	@echo "shmbroker: setting up $(VENV), which is done once and takes about a minute"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "shmbroker: installing a current pip and the build tools: cython, setuptools"
+	@$(PIP) install --upgrade "pip>=25.1"
+	@$(PIP) install --group build
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
-	PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable .
+	@echo "shmbroker: compiling the native core, installing what it uses: click, lmdb, posix_ipc, psutil, rich"
+	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.test-tools: $(VENV)/.created
-	$(PIP) install --group test
+	@echo "shmbroker: installing the tools of the tests"
+	@$(PIP) install --group test
 	@touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.created
-	$(PIP) install --group lint
+	@echo "shmbroker: installing the tools of lint"
+	@$(PIP) install --group lint
 	@touch $@

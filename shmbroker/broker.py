@@ -190,7 +190,7 @@ class Broker:
         return self.region.topics()
 
     def groups(self) -> list[dict[str, Any]]:
-        """The groups: each one's name, group_id, subscription, whether that was set (subscription_set), members (slots)."""
+        """The groups: each one's name, group_id, subscription, subscription_set, and members (slots)."""
         return self.region.groups()
 
     def status(self) -> dict[str, Any]:

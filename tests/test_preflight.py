@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def preflight(path: Path, *commands: str, prelude: str = "") -> tuple[int, str]:
     )
     assert done.stdout == ""
     return done.returncode, done.stderr
+
+
+def test_a_python_that_does_not_run_is_not_called_too_old(tmp_path: Path) -> None:
+    shim = tmp_path / "python3"
+    shim.write_text("#!/bin/sh\necho 'version 3.13.1 is not installed' >&2\necho more >&2\nexit 127\n")
+    shim.chmod(0o755)
+    done = subprocess.run(["/bin/sh", SCRIPT], env=os.environ | {"PYTHON": str(shim)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"shmbroker: {shim} does not run (version 3.13.1 is not installed more); install")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_machine_with_everything_passes_in_silence() -> None:

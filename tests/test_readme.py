@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.command import COMMAND, environment
+from support.command import COMMAND, environment, shmbroker
 from support.processes import processes_of
 from support.waiting import wait_until
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from shmbroker._native._core import Region
+from shmbroker.config import MIB, load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_the_example_runs_as_written(tmp_path: Path) -> None:
@@ -24,6 +29,37 @@ def test_the_example_runs_as_written(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"orders [0-9a-f]{32} paid order-42 b'42'\n", done.stdout), done.stdout
     wait_until(lambda: not processes_of(tmp_path / "data" / "orders"), "the embedded broker has gone")
+
+
+def test_the_example_for_other_processes_runs_as_written(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", API, flags=re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    directory = tmp_path / "data" / "spawned"
+    received = shmbroker(directory, "receive", "--group", "audit", "--topic", "results").stdout.split()
+    assert sorted(map(int, received)) == list(range(10))
+    wait_until(lambda: not processes_of(directory), "the embedded broker has gone")
+
+
+def test_what_the_readme_says_about_the_cost_is_true() -> None:
+    """Disk: the segment in use, those ahead, and the reserve."""
+
+    def costs(**settings: str) -> tuple[int, int]:
+        config = load(arguments=settings, environment={})
+        memory = sum(Region.sizes(config.native_limits(), config.layout.ring_bytes))
+        segments = 1 + config.runtime.segments_ahead + config.runtime.reserve_segments
+        return round(memory / MIB), config.layout.segment_bytes * segments // MIB
+
+    memory, disk = costs()
+    assert f"{memory} MiB of `/dev/shm`, and {disk} MiB of disk" in README
+    memory, disk = costs(segment_bytes="8 MiB", ring_bytes="4 MiB")
+    assert f'`segment_bytes="8 MiB"` it is {disk} MiB of disk' in README
+    assert f'`ring_bytes="4 MiB"` {memory} MiB of memory' in README.replace("\n", " ")
+    assert f"A topic has {load(environment={}).runtime.default_topic_queues} queues" in README
 
 
 def test_the_command_lines_run_as_written(tmp_path: Path) -> None:
