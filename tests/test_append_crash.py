@@ -131,6 +131,7 @@ def test_a_sender_killed_while_others_send_loses_nothing_and_doubles_nothing(
         wait_until(
             lambda: victim.pid not in {client["pid"] for client in broker.region.clients()}, "the victim's slot free"
         )
+        wait_until(lambda: all((tmp_path / other).exists() for other in names[1:]), "the others at work")
         sizes = [(tmp_path / other).stat().st_size for other in names[1:]]
         wait_until(
             lambda: all((tmp_path / other).stat().st_size > size for other, size in zip(names[1:], sizes, strict=True)),

@@ -30,7 +30,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "receive": ("receive", "Print messages as lines and acknowledge them."),
     "status": ("status", "Show the health of a broker, and what to do about it."),
     "topic": ("topic", "Create, list, alter and delete topics."),
-    "group": ("group", "Show consumer groups, their lag, and what they hold back."),
+    "group": ("group", "Show consumer groups and their lag; delete those nobody needs."),
     "message": ("message", "Look up messages by id or key."),
     "log": ("log", "Dump, verify and rebuild the commit log."),
     "backup": ("backup", "Make a consistent copy of a directory."),
