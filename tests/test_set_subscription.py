@@ -189,6 +189,7 @@ def test_the_command_sets_one_expression_for_all_topics_or_one_for_each(tmp_path
     directory = tmp_path / "broker"
     with served(directory):
         assert command(directory, "group", "set-subscription", "audit", "-t", "orders").returncode == ExitCode.USAGE
+        command(directory, "topic", "create", "orders")
         command(directory, "receive", "-g", "audit", "-t", "orders", "--wait", "0")
         done = command(directory, "group", "set-subscription", "audit", "--topic", "orders", "--tags", "b||a")
         assert (done.returncode, done.stdout) == (0, "audit subscribes to orders: b||a now\n")
