@@ -1,6 +1,7 @@
 #!/bin/sh
 # What building shmbroker needs from the machine. Says in one sentence what is missing and how to get it.
-# Runs before there is a Python environment, hence in sh.
+# Runs before there is a Python environment, hence in sh. With the argument "build" it leaves out what only make needs:
+# pip has an environment when it asks.
 set -u
 PYTHON="${PYTHON:-python3}"
 
@@ -21,13 +22,13 @@ reason="$("$PYTHON" -c '' 2>&1)" ||
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     missing "$("$PYTHON" --version 2>&1) is too old; Python 3.11 or newer is needed: install one and name it: make PYTHON=python3.12 ..."
 
-"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null ||
+[ "${1-}" = build ] || "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null ||
     missing "$PYTHON has no venv module (or no ensurepip); install it (Debian: apt-get install python3-venv)."
 
 # The compiler that setuptools will call: $CC, else the one Python was built with, else cc.
 CC="${CC:-$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("CC") or "cc")')}"
 command -v "${CC%% *}" >/dev/null 2>&1 ||
-    missing "the C compiler ${CC%% *} was not found; install one (Debian: apt-get install gcc) or name yours: make CC=clang ..."
+    missing "the C compiler ${CC%% *} was not found; install one (Debian: apt-get install gcc) or name yours in CC."
 
 # $CC may carry flags, so it is not quoted.
 echo '#include <stdlib.h>' | $CC -x c -fsyntax-only - 2>/dev/null ||
