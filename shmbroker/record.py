@@ -8,6 +8,7 @@ does not know with ValueError, and no value is used before its type and range ar
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, IntFlag
@@ -40,6 +41,7 @@ __all__ = [
     "encode_record",
     "next_position",
     "padded",
+    "parse_ids",
     "subscription_text",
 ]
 
@@ -47,6 +49,7 @@ NO_QUEUE: Final = 0xFFFF
 _U16: Final = 0xFFFF
 _U32: Final = 0xFFFF_FFFF
 _POSITION: Final = 2**63 - 1
+_KNOWN_ID: Final = struct.Struct("<QQQ")  # sb_known_id of layout.h
 
 
 class RecordKind(IntEnum):
@@ -60,6 +63,7 @@ class RecordKind(IntEnum):
     PROGRESS = 6
     SNAPSHOT_BEGIN = 7
     SNAPSHOT_END = 8
+    IDS = 9
 
 
 class RecordFlag(IntFlag):
@@ -228,6 +232,13 @@ class SnapshotBody:
             _integer(fields, "next_group_id", 0, _U32),
             tuple((item[0], item[1], item[2]) for item in ([*_integers({"epoch": item}, "epoch")] for item in epochs)),
         )
+
+
+def parse_ids(body: bytes) -> list[tuple[int, int, int]]:
+    """An IDS record's body: (incarnation, sequence, position) of messages with a dedup key. ValueError."""
+    if len(body) % _KNOWN_ID.size:
+        raise ValueError(f"{len(body)} bytes are no ids: each has {_KNOWN_ID.size}")
+    return list(_KNOWN_ID.iter_unpack(body))
 
 
 def _encode(fields: dict[str, Any]) -> bytes:

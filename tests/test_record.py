@@ -23,6 +23,7 @@ from shmbroker.record import (
     encode_record,
     next_position,
     padded,
+    parse_ids,
 )
 
 SEGMENT = 1 << 20
@@ -335,6 +336,7 @@ def test_bodies_come_back_as_they_were(body: EpochBody | TopicBody | GroupBody |
                 "first_offsets": [2],
             },
         ),
+        (parse_ids, {"an id": "has 24 bytes"}),
         (GroupBody.parse, {"op": "define", "name": 5, "group_id": 1}),
         (GroupBody.parse, {"op": "define", "name": "g", "group_id": 1, "subscription": {}, "generation": 1}),
         (GroupBody.parse, {"op": "define", "name": "g", "group_id": 1, "subscription": {"t": 1}, "generation": 1}),

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from reference_ring import Draft, Shape
 from support.native_ring import NativeRing
-from support.processes import Child, processes_of, wait_for_workers
+from support.processes import Child
 from support.progress import Progress, Run, RunKind
 from support.regions import LIMITS
 from support.regions import memory as bare_memory
 from support.running import QUICK, log_records, lose_memory, receive_all, running, wait_word
-from support.store_builder import StoreBuilder
 from support.waiting import wait_until
 
 from shmbroker import Message, memory
@@ -26,7 +25,7 @@ from shmbroker.delivery.restore import Restoration
 from shmbroker.delivery.snapshot import Snapshot
 from shmbroker.errors import CorruptLog
 from shmbroker.naming import BrokerPaths
-from shmbroker.record import GroupBody, RecordFlag, RecordKind, SnapshotBody, TopicBody
+from shmbroker.record import GroupBody, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.segment import list_segments
@@ -226,29 +225,6 @@ def test_claims_that_two_queues_held_at_different_times_need_not_fit_into_memory
     assert found == {0: (1001, []), 1: (1000, list(range(room)))}
 
 
-def test_ids_of_messages_before_the_snapshot_are_known_again_as_far_as_the_log_is_sound(tmp_path: Path) -> None:
-    builder = StoreBuilder(tmp_path, segment_bytes=SEGMENT)
-    builder.begin_epoch()
-    flags = [RecordFlag.DEDUP if number % 2 else 0 for number in range(60)]
-    sent = [builder.message(bytes(100_000), flags=flag, incarnation=7, sequence=1 + n) for n, flag in enumerate(flags)]
-    builder.zero(2 * SEGMENT, 64)  # nobody replays this segment: it is no reason not to start
-    queues = ConsumeQueues(tmp_path / "queues", STORE, writable=True)
-    reader = LogReader(builder.log, SEGMENT, builder.place.store)
-    with bare_memory(ids=1024) as region:
-        for word in ("tail", "write_limit", "flushed", "dispatched"):
-            region.set(word, builder.position)
-        Restoration(queues, builder.position).apply(region, reader, 0)
-        ring = NativeRing(region, Shape(queues=1))
-        ring.remember(dict(zip(builder.places, builder.records, strict=True)))
-        for number in (1, 31, 58, 59):
-            again = ring.send_once(Draft(b"again"), (7, 1 + number))
-            assert (again.duplicate, again.positions) == (True, (sent[number],))
-        assert not ring.send_once(Draft(b"new"), (7, 1 + 25)).duplicate, "it lies in the damaged segment"
-        ring.close()
-    reader.close()
-    queues.close()
-
-
 # ---- with a broker -----------------------------------------------------------------------------------------------
 
 CLIENT = """
@@ -342,32 +318,3 @@ def test_a_clean_stop_leaves_a_snapshot_and_nothing_to_replay_before_it(director
     kinds = [RecordKind(record.kind) for record in log_records(directory)]
     begin = len(kinds) - kinds[::-1].index(RecordKind.SNAPSHOT_BEGIN) - 1
     assert kinds[begin:] == [RecordKind.SNAPSHOT_BEGIN, RecordKind.TOPIC, RecordKind.SNAPSHOT_END]
-
-
-@pytest.mark.parametrize("stopped_cleanly", [True, False])
-def test_a_dedup_key_is_known_after_a_restart(directory: Path, stopped_cleanly: bool) -> None:
-    settings: dict[str, Any] = {"flush_disk_type": "SYNC_FLUSH"}
-    source = """
-        import sys, shmbroker
-        from shmbroker import Message
-        broker = shmbroker.open(sys.argv[1], **eval(sys.argv[2]))
-        producer = broker.producer("p")
-        for number in range(60):
-            result = producer.send(Message("orders", bytes(100_000)), dedup_key=f"order-{number}")
-            print(result.message_id, result.position, flush=True)
-        sys.stdin.readline()
-        broker.close()
-    """
-    with Child(source, directory, QUICK | settings) as child:
-        sent = [child.read_line().split() for _ in range(60)]
-        assert int(sent[-1][1]) > 5 * SEGMENT
-        if stopped_cleanly:
-            wait_for_workers(directory)
-            child.write_line("")
-            wait_until(lambda: not processes_of(directory), "stopped")
-        else:
-            lose_memory(directory)
-    with running(directory, **settings) as broker, broker.producer("p") as producer:
-        for number in (0, 31, 59):  # far before the newest snapshot, and the last one
-            again = producer.send(Message("orders", b"again"), dedup_key=f"order-{number}")
-            assert (again.duplicate, again.message_id) == (True, sent[number][0])

@@ -40,12 +40,12 @@ def scan(
     are no record of epoch ``epoch`` or, introduced by an EPOCH record on the way, later). Steps over short segment ends.
     """
 
-def scan_ids(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[
-    list[tuple[int, int, int]], list[tuple[int, int, int]], int, int
-]:
-    """The ids of the messages that ``scan`` would meet, no CRC looked at: (incarnation, sequence, position) of each.
+def scan_ids(
+    data: Any, position: int, epoch: int, segment_bytes: int
+) -> tuple[list[tuple[int, int, int]], int, int]:
+    """The ids of the messages that ``scan`` would meet, but for those of dedup keys; no CRC is looked at.
 
-    Returns (given by the producer, derived from a dedup key, position behind, last epoch).
+    Returns ((incarnation, sequence, position) of each, position behind, last epoch).
     """
 
 def skim(data: Any, position: int, epoch: int, segment_bytes: int) -> tuple[int, int, int, str]:
@@ -282,8 +282,10 @@ class Region:
         """These bodies stand in the log: ``progress_records(only_changed=True)`` leaves them out until something changes."""
     def restore_progress(self, body: bytes) -> None:
         """Recovery only: merge one PROGRESS body into the claim tables (max base, OR of acks, max of attempts)."""
-    def remember_id(self, incarnation: int, sequence: int, position: int) -> None:
-        """Recovery only: put an id into the hash window."""
+    def dedup_ids(self, newest: int) -> list[bytes]:
+        """Bodies of IDS records: the ids of dedup keys among the ``newest`` remembered, oldest first."""
+    def remember_id(self, incarnation: int, sequence: int, position: int, *, given: bool = False) -> None:
+        """Recovery only: put an id into the window. ``given``: it was not made of a dedup key."""
 
     # janitor
     def clients(self) -> list[dict[str, Any]]:

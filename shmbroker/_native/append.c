@@ -66,6 +66,24 @@ int sb_append_read_offsets(sb_region *r, const uint32_t *queues, uint32_t count,
     return code;
 }
 
+int sb_append_read_ids(sb_region *r, uint64_t newest, uint64_t *next, sb_known_id *ids, uint32_t room, uint32_t *count,
+                       int64_t deadline_ns)
+{
+    *count = 0;
+    int code = lock_append(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    uint64_t all = sb_peek(&sb_marks(r)->ids_remembered), most = newest < r->limits.ids ? newest : r->limits.ids;
+    uint64_t at = all > most && *next < all - most ? all - most : *next;
+    for (uint32_t looks = 0; at < all && looks < room; looks++, at++) {
+        *count += (uint32_t)sb_id_derived(r, at, &ids[*count]);
+    }
+    sb_mutex_unlock(&r->control->locks.append);
+    *next = at;
+    return at < all ? SB_OK : SB_END;
+}
+
 int sb_append_lock_check(sb_region *r)
 {
     uint64_t before = sb_load(&sb_marks(r)->lock_takeovers);

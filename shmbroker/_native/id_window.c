@@ -38,6 +38,8 @@ static sb_id *named(const sb_region *r, uint32_t name)
     return name && name <= r->limits.ids ? sb_id_at(r, name - 1) : NULL;
 }
 
+static uint64_t position_of(const sb_id *id) { return sb_peek(&id->position) & ~SB_ID_GIVEN; }
+
 /* The newest entry with this id. */
 static sb_id *find_id(const sb_region *r, uint64_t incarnation, uint64_t sequence)
 {
@@ -88,8 +90,8 @@ static int remember(sb_region *r, uint64_t incarnation, uint64_t sequence, uint6
 int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail)
 {
     const sb_id *known = find_id(r, item->incarnation, item->sequence);
-    if (known && sb_peek(&known->position) >= sb_load(&sb_marks(r)->kept)) { /* the window reaches as far as the log */
-        item->position = sb_peek(&known->position);
+    if (known && position_of(known) >= sb_load(&sb_marks(r)->kept)) { /* the window reaches as far as the log */
+        item->position = position_of(known);
         return SB_DUPLICATE;
     }
     if (client >= r->limits.clients) {
@@ -110,10 +112,20 @@ int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail
     return SB_DUPLICATE;
 }
 
-int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position)
+int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position, int given)
 {
     const sb_id *known = find_id(r, incarnation, sequence);
-    return known && sb_peek(&known->position) == position ? SB_OK : remember(r, incarnation, sequence, position, plain_store);
+    if (known && position_of(known) == position) {
+        return SB_OK;
+    }
+    return remember(r, incarnation, sequence, position | (given ? SB_ID_GIVEN : 0), plain_store);
+}
+
+int sb_id_derived(const sb_region *r, uint64_t n, sb_known_id *id)
+{
+    const sb_id *known = sb_id_at(r, (uint32_t)(n & (r->limits.ids - 1)));
+    *id = (sb_known_id){sb_peek(&known->incarnation), sb_peek(&known->sequence), sb_peek(&known->position)};
+    return !(id->position & SB_ID_GIVEN) && id->position >= sb_load(&sb_marks(r)->kept);
 }
 
 int sb_id_remember(sb_region *r, const sb_item *item)

@@ -12,6 +12,8 @@
 /* SB_DUPLICATE: item->position is that of the earlier append | SB_OK */
 int sb_id_find(const sb_region *r, uint32_t client, sb_item *item, uint64_t tail);
 int sb_id_remember(sb_region *r, const sb_item *item);
+/* The id remembered as the n-th ever, if it is one of a dedup key and the log still has its message: 1. */
+int sb_id_derived(const sb_region *r, uint64_t n, sb_known_id *id);
 void sb_id_note_client(sb_region *r, uint32_t client, const sb_item *items, uint32_t count);
 
 #endif

@@ -101,7 +101,8 @@ enum sb_kind {
     SB_KIND_PROGRESS = 6,       /* binary: how far one group is in one queue (R14) */
     SB_KIND_SNAPSHOT_BEGIN = 7, /* JSON: what follows up to the matching end restores everything (R4) */
     SB_KIND_SNAPSHOT_END = 8,
-    SB_KIND_LAST = 8
+    SB_KIND_IDS = 9,            /* binary: ids of dedup keys, in a snapshot (R17) */
+    SB_KIND_LAST = 9
 };
 
 #define SB_FLAG_GROUP 0x01u /* one of several records published together; the first carries group_bytes */
@@ -381,9 +382,15 @@ typedef struct {
 typedef struct {
     sb_word incarnation;
     sb_word sequence;
-    sb_word position;
+    sb_word position; /* of the record; | SB_ID_GIVEN: it has no dedup key, the id is remembered since a restart only */
     sb_word links; /* upper half: head of chain n; lower: next in the chain of this id; entry + 1, 0 none */
 } sb_id;
+#define SB_ID_GIVEN 1ull
+
+/* Body of an IDS record, little-endian: as many of these as it is long. */
+typedef struct {
+    uint64_t incarnation, sequence, position;
+} sb_known_id;
 
 typedef struct {
     sb_header header;
@@ -407,6 +414,7 @@ _Static_assert(sizeof(sb_worker) == 128 && sizeof(sb_waiter) == 128 && sizeof(sb
 _Static_assert(sizeof(sb_client) == 128 + 16 * SB_ID_WINDOW, "client slot");
 _Static_assert(sizeof(sb_topic) % SB_LINE == 0 && sizeof(sb_group) % SB_LINE == 0, "tables stay aligned");
 _Static_assert(sizeof(sb_block) == 64 + 8 * SB_BLOCK_ENTRIES, "index block");
+_Static_assert(sizeof(sb_known_id) == 24, "ids body");
 _Static_assert(sizeof(sb_progress) == 32 && offsetof(sb_progress, base) == 16 && sizeof(sb_progress_run) == 16, "progress body");
 _Static_assert(sizeof(sb_claims) % SB_LINE == 0 && sizeof(sb_overflow) == 32 && sizeof(sb_id) == 32, "tables");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the log is little-endian");

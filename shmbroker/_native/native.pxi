@@ -159,6 +159,10 @@ cdef extern from "layout.h" nogil:
         sb_word subscription_set
         char name[256]
         sb_word members[64]
+    ctypedef struct sb_known_id:
+        uint64_t incarnation
+        uint64_t sequence
+        uint64_t position
     ctypedef struct sb_id:
         sb_word incarnation
         sb_word sequence
@@ -253,7 +257,9 @@ cdef extern from "ring.h" nogil:
     int sb_append_lock_check(sb_region *r)
     int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size)
     int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
-    int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position)
+    int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position, int given)
+    int sb_append_read_ids(sb_region *r, uint64_t newest, uint64_t *next, sb_known_id *ids, uint32_t room, uint32_t *count,
+                           int64_t deadline_ns)
 
 cdef extern from "definition.h" nogil:
     enum:

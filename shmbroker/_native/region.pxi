@@ -576,8 +576,11 @@ cdef class Region:
     def set_first_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t first_offset):
         sb_raise(&self.queue_of(topic_id, queue_id).first_offset, first_offset)
 
-    def remember_id(self, uint64_t incarnation, uint64_t sequence, uint64_t position):
-        cdef int code = sb_remember_id(self.open(), incarnation, sequence, position)
+    def dedup_ids(self, uint64_t newest):
+        return dedup_id_bodies(self.open(), newest)
+
+    def remember_id(self, uint64_t incarnation, uint64_t sequence, uint64_t position, *, bint given=False):
+        cdef int code = sb_remember_id(self.open(), incarnation, sequence, position, given)
         if code != SB_OK:
             raise code_error(&self.r, code, "remembering an id")
 

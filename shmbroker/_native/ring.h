@@ -45,14 +45,18 @@ int sb_append_wait(sb_region *r, uint32_t client, sb_item *items, uint32_t count
                    uint32_t options, int64_t deadline_ns, uint64_t *end, uint32_t *waiter);
 void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count); /* post whoever sleeps for what was appended */
 
-/* Recovery: remember an id of the log's newest records in the hash window. */
-int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position);
+/* Recovery: remember an id of the log's newest records in the hash window. given: it was not made of a dedup key. */
+int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position, int given);
 
 /* Wait for the append lock and give it back: behind it no append is half made. SB_OK | SB_TIMEOUT | SB_BROKEN */
 int sb_append_settle(sb_region *r, int64_t deadline_ns);
 /* Next offsets of `count` queues, given by slot, at one moment between two appends; queues NULL: of the slots 0, 1, ...
  * Whoever looks without the lock may see what an append counted that dies before it exists. Codes as above. */
 int sb_append_read_offsets(sb_region *r, const uint32_t *queues, uint32_t count, int64_t deadline_ns, uint64_t *next);
+/* The ids of dedup keys among the `newest` remembered, oldest first, from the `*next`-th ever remembered on: *count of them,
+ * at most `room`. SB_OK: and there may be more from the new *next on | SB_END: those were all | SB_TIMEOUT | SB_BROKEN */
+int sb_append_read_ids(sb_region *r, uint64_t newest, uint64_t *next, sb_known_id *ids, uint32_t room, uint32_t *count,
+                       int64_t deadline_ns);
 /* Try-lock, repair if its owner died, unlock. Returns 1 if a dead owner was found. */
 int sb_append_lock_check(sb_region *r);
 

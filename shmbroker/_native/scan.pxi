@@ -93,16 +93,14 @@ def scan_ids(data, position, epoch, segment_bytes):
     cdef Py_buffer view
     cdef sb_walk walk
     cdef sb_record record
-    cdef list given = []
-    cdef list derived = []
+    cdef list ids = []
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         walk = make_walk(&view, position, epoch, segment_bytes, False)
         while sb_walk_next(&walk, &record) == SB_OK:
-            if record.kind == SB_KIND_MESSAGE:
-                (derived if record.flags & SB_FLAG_DEDUP else given).append(
-                    (record.incarnation, record.sequence, record.position))
-        return given, derived, walk.position, walk.epoch
+            if record.kind == SB_KIND_MESSAGE and not record.flags & SB_FLAG_DEDUP:
+                ids.append((record.incarnation, record.sequence, record.position))
+        return ids, walk.position, walk.epoch
     finally:
         PyBuffer_Release(&view)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from shmbroker._native._core import Region, scan_ids
 from shmbroker.delivery.retention import raise_first_offsets
 from shmbroker.errors import CorruptLog, GroupNotExist, PositionGone, QueueNotExist, TopicNotExist
-from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody, subscription_text
+from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody, parse_ids, subscription_text
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES, ConsumeQueues
 
@@ -53,6 +53,8 @@ class Restoration:
                     self._group(GroupBody.parse(record.body))
                 case RecordKind.PROGRESS:
                     self._progress.append(record.body)  # its topic or group may be defined further on
+                case RecordKind.IDS:
+                    self._dedup.extend(known for known in parse_ids(record.body) if known[2] < record.position)
                 case RecordKind.SNAPSHOT_BEGIN:
                     frame = SnapshotBody.parse(record.body)
                     self._next_ids = {"next_topic_id": frame.next_topic_id, "next_group_id": frame.next_group_id}
@@ -128,12 +130,11 @@ class Restoration:
     def _remember_ids(self, region: Region, log: LogReader, kept: int) -> None:
         """The last ids go into the window against second copies (R17), whether the broker was stopped or killed.
 
-        Snapshots do not hold them: they are read from the log's last ``_ID_BYTES``, which begin before the snapshot.
-        Those of dedup keys have the window to themselves but for a share: a resend of another message comes soon.
+        Those of dedup keys are in the snapshot and in the records behind it. The others, whose resend comes soon or
+        never, are read from the log's last ``_ID_BYTES`` and get a share of the window.
         """
         room, size, tail = region.limits["ids"], region.segment_bytes, region.get("tail")
         given: deque[Id] = deque(maxlen=room // _SHARE_OF_OTHERS)
-        derived: deque[Id] = deque(maxlen=room)
         epoch = 0
 
         def take(data: memoryview, position: int) -> int:
@@ -142,9 +143,8 @@ class Restoration:
                 epoch = epoch or log.read(position).epoch
             except (CorruptLog, PositionGone):
                 return position
-            others, keyed, behind, epoch = scan_ids(data, position, epoch, size)
+            others, behind, epoch = scan_ids(data, position, epoch, size)
             given.extend(others)
-            derived.extend(keyed)
             return behind
 
         position = max(kept, tail - _ID_BYTES)
@@ -152,8 +152,9 @@ class Restoration:
         while position < tail:  # one turn, but for damage: nothing was replayed from there, so it is no reason to stop
             position = log.feed(position, tail, take)
             position, epoch = position - position % size + size, 0
-        known = {*self._dedup, *derived}  # the replay may have begun further back
-        for identity in (*given, *sorted(known, key=_position_of)[-room:]):
+        for identity in given:
+            region.remember_id(*identity, given=True)
+        for identity in sorted(set(self._dedup), key=_position_of)[-room:]:
             region.remember_id(*identity)
 
 

@@ -1,6 +1,7 @@
 """Snapshots: topics, groups and group progress, repeated in the log so that what lies before may be deleted (R4).
 
-    SNAPSHOT_BEGIN | TOPIC with its queues' next and first offsets ... | GROUP ... | PROGRESS ... | SNAPSHOT_END
+    SNAPSHOT_BEGIN | TOPIC with its queues' next and first offsets ... | GROUP ... | PROGRESS ... | IDS of dedup keys
+        ... | SNAPSHOT_END
 
 A change of a definition is a record of its own, appended by the native core in one with the words that make it true.
 
@@ -23,6 +24,7 @@ from shmbroker.record import RECORD_HEADER_BYTES, GroupBody, RecordKind, Snapsho
 APPEND_TIMEOUT_NS: Final = 3_000_000_000
 _GROUP_BYTES: Final = 64 * 1024
 _GROUP_RECORDS: Final = 64
+_BYTES_FOR_AN_ID: Final = 192  # of a segment: no more than an eighth of the log is ids of dedup keys
 
 
 def append_bounded(region: Region, kind: RecordKind, bodies: Iterable[bytes]) -> int:
@@ -58,6 +60,9 @@ class Snapshot:
         append_bounded(self._region, RecordKind.TOPIC, map(_topic_body, self._region.topics(exact=True)))
         append_bounded(self._region, RecordKind.GROUP, map(_group_body, self._region.groups()))
         append_progress(self._region, only_changed=False)
+        append_bounded(
+            self._region, RecordKind.IDS, self._region.dedup_ids(self._region.segment_bytes // _BYTES_FOR_AN_ID)
+        )
         return append_bounded(self._region, RecordKind.SNAPSHOT_END, [self._frame])
 
 

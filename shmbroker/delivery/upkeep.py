@@ -78,7 +78,7 @@ class Upkeep:
             threading.Event()
         )  # set when consume queue files were removed; cleared by the dispatcher's thread
         self._last_checkpoint = time.monotonic()
-        self._snapshot_begun = region.get("snapshot")
+        self._snapshot_behind = region.get("snapshot")  # its end, once it is ours
         self._snapshot_pending: tuple[int, int] | None = None  # (begin, end) of one that is not flushed yet
         now = self._last_checkpoint
         self._duties = [
@@ -186,12 +186,13 @@ class Upkeep:
             if self._region.get("flushed") >= end:
                 self._region.set("snapshot", begin)
                 self._snapshot_pending = None
-        elif self._region.get("tail") - self._snapshot_begun >= self._config.snapshot_interval_bytes:
+        elif self._region.get("tail") - self._snapshot_behind >= self._config.snapshot_interval_bytes:
             snapshot = Snapshot(self._region, self._last.epochs)
             failpoint("dispatcher.snapshot_begun")  # a BEGIN without END frees nothing, and is replayed like the rest
-            self._snapshot_pending = snapshot.begin, snapshot.complete()
+            end = snapshot.complete()
             failpoint("dispatcher.snapshot_ended")  # whole in the log, not noted: the older one still counts
-            self._snapshot_begun = snapshot.begin
+            self._snapshot_pending = snapshot.begin, end
+            self._snapshot_behind = end
         return POLL
 
     def _write_checkpoint(self) -> float:
