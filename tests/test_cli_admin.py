@@ -201,7 +201,7 @@ def test_counts_that_a_stop_forgets_say_so(tmp_path: Path) -> None:
             assert (topic["sent"], topic["bytes_since_start"]) == (total, 5 * count)
             lag = shmbroker_json(tmp_path / "broker", "group", "show", "g")
             assert lag["delivered_since_start"] == count
-            assert "delivered since the start" in shmbroker(tmp_path / "broker", "group", "show", "g").stdout
+            assert "delivered since the broker started" in shmbroker(tmp_path / "broker", "group", "show", "g").stdout
 
 
 def test_a_second_server_is_refused(server: Path) -> None:

@@ -71,7 +71,7 @@ def show(session: Session, name: str) -> None:
         ("in flight", f"{lag['in_flight']:,}"),
         ("log held back", console.size(lag["held_back_bytes"])),
         (
-            "delivered since the start",
+            "delivered since the broker started",
             f"{lag['delivered_since_start']:,}, of them again {lag['redelivered_since_start']:,}",
         ),
     ]

@@ -64,7 +64,7 @@ def list_topics(session: Session) -> None:
         return
     console.table(
         "",
-        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes since the start"],
+        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes since broker start"],
         [
             (
                 entry["name"],
