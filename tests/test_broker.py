@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +69,23 @@ def test_a_deleted_group_stays_deleted_and_begins_anew_under_its_name(
         assert {table["group"] for table in broker.region.progress()} == {"audit"}
         with broker.simple_consumer("oudit", ALL) as consumer:
             assert drain(consumer, 20) == numbered(20)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("name", "gone"), [("copied", False), ("published", True), ("disarmed", True)])
+def test_a_group_whose_deleter_is_killed_on_the_way_is_whole_or_gone(directory: Path, name: str, gone: bool) -> None:
+    """Killed behind its record, the deleter leaves the group's claims; the janitor frees them."""
+    with running(directory) as broker:
+        send(broker, *numbered(20))
+        with broker.simple_consumer("oudit", ALL) as consumer:
+            drain(consumer, 10)
+        armed = {"SHMBROKER_FAILPOINTS": f"client/append.{name}=kill"}
+        with Child(DELETE, directory, "{}", environment=armed) as child:
+            assert child.wait() == -signal.SIGKILL
+        wait_until(lambda: bool(broker.region.progress()) == (not gone), "its claims freed, or not")
+        assert names_of(broker) == ([] if gone else ["oudit"])
+        with broker.simple_consumer("oudit", ALL) as consumer:
+            assert drain(consumer, 20 if gone else 10) == numbered(20)[0 if gone else 10 :]
 
 
 def test_a_group_with_live_members_is_not_deleted_and_they_are_named(broker: Broker) -> None:
