@@ -61,8 +61,8 @@ def arrange(paths: BrokerPaths, group: int | None) -> None:
     status = paths.run.stat()
     if group == (status.st_gid if status.st_mode & _GROUP_WRITES else None):
         return
-    places = [paths.directory]
-    for top, directories, files in os.walk(paths.directory):
+    places = [paths.root]
+    for top, directories, files in os.walk(paths.root):
         places += [Path(top, name) for name in (*directories, *files)]
     places.remove(paths.run)
     for place in (*places, paths.run):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from shmbroker import access
-from shmbroker.errors import AttachRefused, LayoutMismatch
+from shmbroker.errors import AttachRefused, LayoutMismatch, ShmBrokerError
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths, is_object_name
 
@@ -53,7 +54,7 @@ class Descriptor:
 
 
 def directory_identity(paths: BrokerPaths) -> tuple[int, int]:
-    status = paths.directory.stat()
+    status = paths.root.stat()
     return status.st_dev, status.st_ino
 
 
@@ -66,7 +67,7 @@ def read_descriptor(paths: BrokerPaths) -> Descriptor | None:
     except PermissionError as error:
         raise AttachRefused(f"{paths.directory} belongs to another user: {error}") from error
     with os.fdopen(fd, "rb") as stream:
-        if os.fstat(fd).st_uid != paths.directory.stat().st_uid:
+        if os.fstat(fd).st_uid != paths.root.stat().st_uid:
             raise AttachRefused(f"{paths.descriptor} does not belong to the owner of the directory")
         text = stream.read(DESCRIPTOR_BYTES_MAX)
     try:
@@ -93,6 +94,14 @@ def write_descriptor(paths: BrokerPaths, descriptor: Descriptor) -> None:
     failpoint("memory.descriptor_written")  # leaves a temporary file, which the next writer removes
     temporary.rename(paths.descriptor)
     _sync_directory(paths.run)
+
+
+def remove_descriptor(paths: BrokerPaths, instance: str) -> None:
+    """Remove the descriptor of that memory; another's stays. Only under the directory's lock."""
+    with suppress(ShmBrokerError):  # what is no descriptor is not ours either
+        found = read_descriptor(paths)
+        if found is not None and found.instance == instance:
+            paths.descriptor.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -68,7 +68,7 @@ FAILPOINTS: Final[dict[str, str]] = {
     "memory.formatted": "memory formatted, no descriptor names it",
     "memory.descriptor_written": "descriptor under its temporary name",
     "memory.descriptor_renamed": "descriptor names the memory, state STARTING",
-    "memory.control_unlinked": "one object gone, descriptor still there",
+    "memory.ring_unlinked": "one object gone, descriptor still there",
     "memory.unlinked": "both objects gone, descriptor still there",
     "supervisor.locked": "directory lock held, nothing looked at",
     "supervisor.restored": "definitions and progress in memory, epoch record not written",

@@ -141,7 +141,7 @@ def memory_use(descriptor: Descriptor) -> dict[str, Any]:
 
 def disk_use(paths: BrokerPaths) -> dict[str, Any]:
     """Bytes of log and derived files as allocated, and how full the file system is."""
-    room = os.statvfs(paths.directory)
+    room = os.statvfs(paths.root)
     segments = list(_files(paths.log))
     return {
         "log_bytes": sum(segments),

@@ -1,7 +1,8 @@
 """Which Python runs a worker, and where that Python looks for modules.
 
 A worker imports what this process could import, and nothing that merely lies about: the current directory is on its
-path only if PYTHONPATH names it, and it works in ``/``, so that it holds no file system that somebody wants to unmount.
+path only if PYTHONPATH names it. It starts in ``/`` and goes on in the broker's directory: it holds no other file
+system that somebody wants to unmount.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The life of a broker's memory, as its supervisor leads it; every function here needs the directory's lock.
+"""The life of a broker's memory, as its supervisor leads it, up to its end (shutdown.py).
+
+Every function here needs the directory's lock.
 
     nothing ──open_memory──▶ STARTING ──▶ RUNNING ──▶ DRAINING ──drain──▶ STOPPED ──▶ nothing
                                             ▲  │          │
@@ -18,21 +20,21 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
+import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from shmbroker import memory, process
+from shmbroker import memory, process, remains
 from shmbroker._native._core import Region
 from shmbroker.config import LAYOUT_RULES, Config
 from shmbroker.delivery.restore import Restoration
-from shmbroker.descriptor import Descriptor, read_descriptor, write_descriptor
-from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
+from shmbroker.descriptor import Descriptor
+from shmbroker.errors import ConfigError, NotReady
 from shmbroker.failpoint import failpoint
-from shmbroker.fleet import Fleet
-from shmbroker.memory import Leftover
+from shmbroker.fleet import WORKERS
+from shmbroker.memory import Held, Leftover
 from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.record import EpochBody, RecordKind
 from shmbroker.store import recovery
@@ -46,18 +48,16 @@ from shmbroker.store.segment_pool import SegmentPool
 log = logging.getLogger("shmbroker.supervisor")
 
 VISIBLE: Final = {"append": 0, "flush": 1}  # enum sb_visible
-WORKERS: Final = ("flusher", "dispatcher", "janitor")  # in the order in which they are needed
 EPOCH_TIMEOUT_NS: Final = 10_000_000_000
 ORPHAN_TIMEOUT: Final = 10.0
 SEAL_TIMEOUT: Final = 10.0
-DRAIN_TIMEOUT: Final = 30.0  # seconds for each worker to finish; then what is not on the disk stays in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
     """Memory to serve from. ``epoch`` is to be begun by ``begin_epoch`` if the memory is new; else None."""
 
-    region: Region
+    held: Held
     config: Config
     epoch: EpochBody | None
 
@@ -67,9 +67,11 @@ def open_memory(paths: BrokerPaths, config: Config) -> Opened:
 
     What a killed broker left keeps its layout, whatever the settings say now.
     """
+    for role in WORKERS:  # who removes the directory later on is not to meet new files of workers that just start
+        process.FileLock(paths.role_lock(role)).close()
     found, descriptor = memory.leftover(paths)
-    if found is Leftover.USABLE and descriptor is not None:
-        taken = _take_over(paths, descriptor, config)
+    if found is Leftover.USABLE:
+        taken = _take_over(paths, config)
         if taken is not None:
             return taken
     _wait_for_orphans(paths)
@@ -90,23 +92,23 @@ def _wait_for_orphans(paths: BrokerPaths) -> None:
             raise NotReady(f"the {role} of a killed supervisor of {paths.directory} does not leave: kill it")
 
 
-def _take_over(paths: BrokerPaths, descriptor: Descriptor, config: Config) -> Opened | None:
+def _take_over(paths: BrokerPaths, config: Config) -> Opened | None:
     """Go on with the memory of a killed broker; None if it holds nothing that the log does not have."""
-    attached = memory.attach(paths)
-    if attached is None:
+    held = memory.take_over(paths)
+    if held is None:
         return None
-    region, _ = attached
-    unflushed = region.get("tail") != region.get("flushed")  # then it is kept, whatever its state says
+    region = held.region
+    unflushed = region.get("tail") - region.get("flushed")  # then it is kept, whatever its state says
     if region.get("state") not in (memory.STATE_RUNNING, memory.STATE_DRAINING) and not unflushed:
-        region.close()
+        held.close()
         return None
-    kept = {key: value for key, value in descriptor.settings.items() if key in LAYOUT_RULES}
+    kept = {key: value for key, value in held.descriptor.settings.items() if key in LAYOUT_RULES}
     config = config.replace(**kept)
-    write_descriptor(paths, descriptor.with_settings(config.as_dict()))
+    held.describe(paths, config.as_dict())
     region.janitor_pass(time.monotonic_ns())  # a lock whose owner died is repaired before anybody waits for it
     region.publish_store_state(0, 0)  # opened anew: a store that had failed is tried again, from the ring (R7)
-    log.info("took over the memory of a killed broker: %d bytes to flush", region.get("tail") - region.get("flushed"))
-    return Opened(region, config, None)
+    log.info("took over the memory of a killed broker: %d bytes to flush", unflushed)
+    return Opened(held, config, None)
 
 
 def _recover(paths: BrokerPaths, config: Config) -> Opened:
@@ -132,16 +134,22 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     ends = recovered.end, recovered.end, recovered.snapshot, recovered.first
     checkpoints.write(Checkpoint(store, *ends, epochs))
     checkpoints.close()
-    region = memory.create(paths, config, store=store, tail=recovered.end, epoch=epoch.epoch)
-    region.set("kept", recovered.first)
-    region.set("indexed", recovered.first)  # until the dispatcher knows better
-    region.set("snapshot", recovered.snapshot or 0)
-    reader = LogReader(paths.log, config.layout.segment_bytes, store)
-    restoration.apply(region, reader, recovered.first)
-    reader.close()
+    remains.clear()
+    held = memory.create(paths, config, store=store, tail=recovered.end, epoch=epoch.epoch)
+    try:
+        region = held.region
+        region.set("kept", recovered.first)
+        region.set("indexed", recovered.first)  # until the dispatcher knows better
+        region.set("snapshot", recovered.snapshot or 0)
+        reader = LogReader(paths.log, config.layout.segment_bytes, store)
+        restoration.apply(region, reader, recovered.first)
+        reader.close()
+    except BaseException:
+        abandon(paths, held)
+        raise
     queues.close()
     failpoint("supervisor.restored")  # leaves memory in state STARTING: removed by the next supervisor
-    return Opened(region, config, epoch)
+    return Opened(held, config, epoch)
 
 
 def _identify(paths: BrokerPaths, config: Config, checkpoints: CheckpointFile) -> tuple[bytes, Config]:
@@ -160,7 +168,12 @@ def _identify(paths: BrokerPaths, config: Config, checkpoints: CheckpointFile) -
             config = config.replace(segment_bytes=header.segment_bytes)
         return header.store, config
     checkpoint = checkpoints.read()
-    return (checkpoint.store if checkpoint is not None else os.urandom(16)), config
+    if checkpoint is not None:
+        return checkpoint.store, config
+    for path in (paths.queues, paths.index):  # derived from a log that is no more: somebody has removed most of it all
+        for leftover in path.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return os.urandom(16), config
 
 
 def begin_epoch(region: Region, epoch: EpochBody) -> None:
@@ -176,21 +189,36 @@ def _save_foreign(paths: BrokerPaths, descriptor: Descriptor) -> None:
     """
     memory.seal(paths, descriptor, SEAL_TIMEOUT)
     failpoint("supervisor.sealed")  # leaves foreign memory that nobody appends to: saved by the next supervisor
-    store, segment_bytes = bytes.fromhex(descriptor.store), int(descriptor.settings["segment_bytes"])
+    saved = write_log(
+        paths,
+        bytes.fromhex(descriptor.store),
+        int(descriptor.settings["segment_bytes"]),
+        memory.unflushed(paths, descriptor),
+    )
+    log.warning("saved %d bytes from the memory of another version or namespace", saved)
+
+
+def write_log(
+    paths: BrokerPaths, store: bytes, segment_bytes: int, pieces: Iterable[tuple[int, bytes | memoryview]]
+) -> int:
+    """Write pieces of a ring to the log, in place of a flusher that cannot. Returns how many bytes are durable now."""
     pool: SegmentPool | None = None
     writer: CommitLog | None = None
-    saved = 0
-    for position, data in memory.unflushed(paths, descriptor):
-        if writer is None:
-            pool = SegmentPool(paths.log, segment_bytes, store, 0, position)
-            writer = CommitLog(pool, segment_bytes)
-        writer.write(memoryview(data), position)
-        saved += len(data)
-    if writer is not None and pool is not None:
-        writer.sync()
-        writer.close()
-        pool.stop()
-    log.warning("saved %d bytes from the memory of another version or namespace", saved)
+    written = 0
+    try:
+        for position, data in pieces:
+            if writer is None:
+                pool = SegmentPool(paths.log, segment_bytes, store, 0, position)
+                writer = CommitLog(pool, segment_bytes)
+            writer.write(memoryview(data), position)
+            written += len(data)
+        if writer is not None:
+            writer.sync()
+    finally:
+        if writer is not None and pool is not None:
+            writer.close()
+            pool.stop()
+    return written
 
 
 def announce(region: Region, config: Config, *, embedded: bool) -> None:
@@ -209,60 +237,11 @@ def run(region: Region) -> None:
     failpoint("supervisor.running")
 
 
-def drain(region: Region, paths: BrokerPaths, fleet: Fleet) -> bool:
-    """Stop cleanly: everything on the disk, checkpoint clean, memory gone. False: not possible, the memory is kept.
-
-    A sender that was let in before DRAINING holds, or waits for, the append lock; the dispatcher's records take the
-    same lock after it, and the flusher's last look at ``tail`` comes after those. So nothing is published unflushed.
-    """
-    region.set("state", memory.STATE_DRAINING)
-    failpoint("supervisor.draining")  # leaves memory that the next supervisor takes over
-    done = _finish(region, fleet, "dispatcher")  # progress, snapshot, clean checkpoint: the flusher still works
-    done = _finish(region, fleet, "flusher") and done  # flushes up to tail before it leaves
-    _finish(region, fleet, "janitor")
-    left = region.get("tail") - region.get("flushed")
-    if not done or left:
-        log.error("no clean stop: %d bytes are only in memory, which is kept for the next start", left)
-        return False
-    region.set("state", memory.STATE_STOPPED)
-    failpoint("supervisor.drained")  # leaves memory that holds nothing: removed by the next supervisor
-    if (descriptor := read_descriptor(paths)) is not None:
-        memory.remove(paths, descriptor)
-    region.close()
-    return True
-
-
-def desert(region: Region, descriptor: Descriptor, fleet: Fleet, *, removed: bool) -> None:
-    """Leave a directory that is no longer where it was. A moved one keeps its memory, for whoever opens it there."""
-    region.set("state", memory.STATE_STOPPED if removed else memory.STATE_DRAINING)
-    for role in WORKERS:
-        fleet.kill(role)
-    if removed:
-        memory.remove_objects(descriptor)
-    region.close()
-
-
-def _finish(region: Region, fleet: Fleet, role: str) -> bool:
-    """Let the worker of a role finish and leave, whoever started it: a process manager may run workers of its own."""
-    at_work = next((worker for worker in region.workers() if worker["role"] == role), None)
-    if at_work is None or at_work["pid"] == fleet.pid(role):
-        return fleet.stop(role, DRAIN_TIMEOUT)
-    pidfd = process.open_pidfd(at_work["pid"], at_work["start_ticks"])
-    if pidfd is None:
-        return fleet.stop(role, DRAIN_TIMEOUT)
-    fleet.kill(role)  # ours, if there is one, only waits for the role
-    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    left = process.wait_ended(pidfd, DRAIN_TIMEOUT)
-    os.close(pidfd)
-    return left
-
-
-def abandon(paths: BrokerPaths) -> None:
+def abandon(paths: BrokerPaths, held: Held) -> None:
     """A start has failed: nobody has appended to memory in state STARTING, so it goes; any other is kept."""
-    with suppress(ShmBrokerError):  # what hindered the start may hinder this too; then the next supervisor does it
-        found = memory.attach(paths)
-        if found is not None and found[0].get("state") == memory.STATE_STARTING:
-            memory.remove(paths, found[1])
+    if held.region.get("state") == memory.STATE_STARTING:
+        memory.remove(paths, held.descriptor)
+    held.close()
 
 
 def live_clients(region: Region) -> int:

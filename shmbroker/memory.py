@@ -8,27 +8,36 @@ control segment must name the same directory and instance (R22), this boot, and 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import posix_ipc
 
 from shmbroker import access, process
 from shmbroker._native._core import FINGERPRINT, Region
 from shmbroker.config import Config
-from shmbroker.descriptor import Descriptor, directory_identity, read_descriptor, write_descriptor
+from shmbroker.descriptor import (
+    Descriptor,
+    directory_identity,
+    read_descriptor,
+    remove_descriptor,
+    write_descriptor,
+)
 from shmbroker.errors import AttachRefused, LayoutMismatch, NotEnoughMemory, NotReady
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths, object_names
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 MIB: Final = 1024 * 1024
+LOCK_TIMEOUT: Final = 10.0
 
 STATE_STARTING: Final = 1
 STATE_RUNNING: Final = 2
@@ -47,7 +56,32 @@ class Leftover(Enum):
 # ---- make and remove: only under the directory's lock --------------------------------------------------------------
 
 
-def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch: int) -> Region:
+class Held:
+    """A broker's memory in the hands of its supervisor: mapped, described and locked.
+
+    The flock on the control object tells who clears away what dead brokers have left that this one is alive
+    (remains.py). It goes with the process.
+    """
+
+    def __init__(self, region: Region, descriptor: Descriptor, lock: int) -> None:
+        self.region = region
+        self.descriptor = descriptor
+        self._lock = lock
+
+    def describe(self, paths: BrokerPaths, settings: Mapping[str, Any]) -> None:
+        """Other settings are in force from now on."""
+        self.descriptor = self.descriptor.with_settings(settings)
+        write_descriptor(paths, self.descriptor)
+
+    def close(self) -> None:
+        """Let go of it; what is still linked stays."""
+        if not self.region.closed:
+            self.region.close()
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing would not do: the mapping keeps the file open
+            os.close(self._lock)
+
+
+def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch: int) -> Held:
     """Make the memory of a broker whose log ends at ``tail``; its state is STARTING. Raises NotEnoughMemory."""
     limits = config.native_limits()
     sizes = Region.sizes(limits, config.layout.ring_bytes)
@@ -69,8 +103,10 @@ def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch
     failpoint("memory.descriptor_renamed")  # leaves a descriptor that names nothing: Leftover.NOTHING
     fds: list[int] = []
     try:
+        # The control object first: a ring without one is nobody's, and who clears away takes it.
         for name, size in zip((control_name, ring_name), sizes, strict=True):
             fds.append(_allocate(name, size, sum(sizes), access.group_of(descriptor.settings)))
+        _lock(fds[0])
         failpoint("memory.allocated")  # leaves objects full of zeros: no magic, removed by the next supervisor
         region = Region.create(
             fds[0],
@@ -87,13 +123,41 @@ def create(paths: BrokerPaths, config: Config, *, store: bytes, tail: int, epoch
             ring_name=ring_name,
         )
     except BaseException:
-        remove(paths, descriptor)
-        raise
-    finally:
         for fd in fds:
             os.close(fd)
+        remove(paths, descriptor)
+        raise
+    os.close(fds[1])
     failpoint("memory.formatted")  # leaves memory in state STARTING: nobody has appended, removed as well
-    return region
+    return Held(region, descriptor, fds[0])
+
+
+def take_over(paths: BrokerPaths) -> Held | None:
+    """The memory that a killed supervisor left; None if there is none. Raises as ``attach``, and NotReady."""
+    attached = attach(paths)
+    if attached is None:
+        return None
+    region, descriptor = attached
+    lock = posix_ipc.SharedMemory(descriptor.control).fd
+    try:
+        _lock(lock)
+        if os.fstat(lock).st_nlink > 0:
+            return Held(region, descriptor, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)  # somebody has cleared it away: it held nothing
+    region.close()
+    return None
+
+
+def _lock(control_fd: int) -> None:
+    """Who clears away looks for a moment only; another supervisor cannot be, under the directory's lock."""
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while not process.try_flock(control_fd):
+        if time.monotonic() > deadline:
+            raise NotReady("another process has locked the broker's memory: `shmbroker ipc list` names it")
+        time.sleep(0.001)
 
 
 def _allocate(name: str, size: int, needed: int, group: int | None) -> int:
@@ -121,61 +185,24 @@ def _not_enough(needed: int) -> NotEnoughMemory:
     total = room.f_blocks * room.f_frsize
     return NotEnoughMemory(
         f"the broker needs {needed / MIB:.1f} MiB of {SHM_DIRECTORY}, {free / MIB:.1f} MiB are free: lower ring_bytes, "
-        f"or make it larger (docker run --shm-size={-(-(total + needed - free) // MIB)}m, or remount {SHM_DIRECTORY})"
+        f"or make it larger (docker run --shm-size={-(-(total + needed - free) // MIB)}m, or remount {SHM_DIRECTORY}); "
+        "`shmbroker ipc list` shows what brokers have of it"
     )
 
 
 def remove(paths: BrokerPaths, descriptor: Descriptor) -> None:
-    """Unlink the objects and then the descriptor. Mapped memory stays until its processes leave."""
-    remove_objects(descriptor)
-    failpoint("memory.unlinked")  # leaves a descriptor that names nothing
-    paths.descriptor.unlink(missing_ok=True)
+    """Unlink the objects and then the descriptor, which need not be there. What is mapped stays so.
 
-
-def remove_objects(descriptor: Descriptor) -> None:
-    """Unlink the objects of a broker whose directory has gone, and the descriptor with it."""
-    for name in (descriptor.control, descriptor.ring):
-        with suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
-        failpoint("memory.control_unlinked")  # leaves one object and the descriptor: Leftover.NOTHING, removed again
-
-
-class Vanished(Enum):
-    """What somebody took away from under a running broker."""
-
-    REMOVED = "its directory was removed"
-    MOVED = "its directory was moved"
-    UNLINKED = "its memory objects were removed"
-
-
-class Footing:
-    """Watches that a running broker's directory and memory objects are still where they were.
-
-    ``run/`` stands for the directory: with it the lock is gone that keeps a second broker out.
+    The names are those of ``descriptor``, never what a file says by now: the directory may have been removed, and
+    another broker may have been started in its place.
     """
-
-    def __init__(self, paths: BrokerPaths) -> None:
-        descriptor = read_descriptor(paths)
-        if descriptor is None:
-            raise NotReady(f"{paths.descriptor} has gone while the broker starts")
-        self._paths = paths
-        self.descriptor = descriptor
-        self._objects = [SHM_DIRECTORY / name[1:] for name in (descriptor.control, descriptor.ring)]
-        self._run = os.open(paths.run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def vanished(self) -> Vanished | None:
-        """Look: a few system calls."""
-        ours = os.fstat(self._run)
-        try:
-            found = self._paths.run.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
-            return Vanished.MOVED if ours.st_nlink else Vanished.REMOVED
-        return None if all(path.exists() for path in self._objects) else Vanished.UNLINKED
-
-    def close(self) -> None:
-        os.close(self._run)
+    with suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(descriptor.ring)
+    failpoint("memory.ring_unlinked")  # leaves the control object and the descriptor: Leftover.NOTHING, removed again
+    with suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(descriptor.control)
+    failpoint("memory.unlinked")  # leaves a descriptor that names nothing
+    remove_descriptor(paths, descriptor.instance)
 
 
 # ---- attach and look ----------------------------------------------------------------------------------------------
@@ -191,7 +218,7 @@ def attach(paths: BrokerPaths) -> tuple[Region, Descriptor] | None:
         return None
     check_namespaces(descriptor)
     with _opened(paths, descriptor) as fds:
-        if fds is None or not _formatted(fds[0]):
+        if fds is None or not is_formatted(fds[0]):
             return None
         region = Region.attach(*fds)
     header = region.header
@@ -220,7 +247,7 @@ def leftover(paths: BrokerPaths) -> tuple[Leftover, Descriptor | None]:
     if descriptor is None or descriptor.boot_id != process.boot_id().hex():
         return Leftover.NOTHING, None
     with _opened(paths, descriptor) as fds:
-        if fds is None or not _formatted(fds[0]):
+        if fds is None or not is_formatted(fds[0]):
             return Leftover.NOTHING, descriptor
         header = Region.read_header(fds[0])
     same = header["fingerprint"] == FINGERPRINT and descriptor.namespaces == process.namespaces()
@@ -298,6 +325,6 @@ def _check_access(descriptor: os.stat_result, name: str, found: os.stat_result) 
         )
 
 
-def _formatted(control_fd: int) -> bool:
+def is_formatted(control_fd: int) -> bool:
     """False while, or because, the memory is only half made: its magic is stored last."""
     return len(os.pread(control_fd, 8, 0).strip(b"\0")) > 0

@@ -84,23 +84,43 @@ def is_object_name(name: object) -> bool:
 
 
 class BrokerPaths:
-    """Where things lie inside a broker's directory."""
+    """Where things lie inside a broker's directory.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.log = directory / "log"
-        self.queues = directory / "queues"
-        self.index = directory / "index"
-        self.checkpoint = directory / "checkpoint"
-        self.run = directory / "run"
+    Clients and commands reach them from outside. The supervisor and its workers have gone inside (``enter``), and all
+    their names begin there: they make, rename and unlink in the directory that they were started for, whatever its
+    path has come to name since; once it was removed, nowhere.
+    """
+
+    def __init__(self, directory: Path, root: Path | None = None) -> None:
+        self.directory = directory  # its name, for people and command lines
+        self.root = directory if root is None else root  # where it is reached
+        self.log = self.root / "log"
+        self.queues = self.root / "queues"
+        self.index = self.root / "index"
+        self.checkpoint = self.root / "checkpoint"
+        self.run = self.root / "run"
         self.descriptor = self.run / "broker.json"
         self.lock = self.run / "lock"
 
+    @property
+    def parts(self) -> tuple[Path, Path, Path, Path]:
+        """The directories in it."""
+        return self.log, self.queues, self.index, self.run
+
     def make(self) -> None:
         """Make the directory and what stands in it, for its owner alone. What exists keeps its mode."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in (self.log, self.queues, self.index, self.run):
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self.parts:
             path.mkdir(mode=0o700, exist_ok=True)
+
+    def enter(self) -> BrokerPaths:
+        """Make the directory this process's working directory; the paths as they are called from there."""
+        os.chdir(self.directory)
+        return self.entered()
+
+    def entered(self) -> BrokerPaths:
+        """The paths as a process calls them whose working directory this already is."""
+        return BrokerPaths(self.directory, Path())
 
     def role_lock(self, role: str) -> Path:
         """Held by the one process that works as ``role``."""

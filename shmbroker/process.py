@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from shmbroker import access
 from shmbroker._native import _core
+from shmbroker.naming import BrokerPaths
 
 SUPERVISOR_KEY: Final = "SHMBROKER_SUPERVISOR_PID"  # in a worker's environment: whose memory it is to work on
 _FLOCK: Final = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
@@ -92,9 +93,10 @@ class FileLock:
     drop the lock. It is never unlinked: a second file of that name would be a second lock.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, access.file_mode())
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+        self._fd = os.open(path, flags, access.file_mode())
 
     def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock, waiting at most ``timeout`` seconds for its holder to release it or to die."""
@@ -104,7 +106,7 @@ class FileLock:
             if remaining <= 0:
                 return False
             # A living holder may also release without dying, hence the short slices.
-            self._wait_for_holder(min(remaining, _LOCK_POLL_SECONDS))
+            _wait_for(_lock_holder(self._fd), min(remaining, _LOCK_POLL_SECONDS))
         return True
 
     def _try(self) -> bool:
@@ -114,21 +116,77 @@ class FileLock:
             return False
         return True
 
-    def _wait_for_holder(self, timeout: float) -> None:
-        pid = _lock_holder(self._fd)
+    def is_in_place(self) -> bool:
+        """False once the file was removed: who opens its name now holds another lock."""
         try:
-            pidfd = os.pidfd_open(pid) if pid > 0 else None
-        except OSError:
-            pidfd = None
-        if pidfd is None:  # gone just now, or of another pid namespace
-            time.sleep(min(timeout, 0.005))
-            return
-        wait_ended(pidfd, timeout)
-        os.close(pidfd)
+            return os.path.samestat(os.fstat(self._fd), self.path.lstat())
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Release the lock, if held."""
         os.close(self._fd)
+
+
+class DirectoryLock:
+    """Held by the one process that may change a broker's directory: its supervisor, or a repair.
+
+    Two locks. An flock on the directory itself keeps others out: it lasts as long as the directory, whatever somebody
+    removes from inside. The fcntl lock on ``run/lock`` lets everybody see who holds it (``lock_holder``).
+    """
+
+    def __init__(self, paths: BrokerPaths) -> None:
+        self._paths = paths
+        self._fd = os.open(paths.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._named: FileLock | None = None
+
+    def acquire(self, timeout: float = 0.0) -> bool:
+        """Take it, waiting at most ``timeout`` seconds for its holder; what a broker's directory has is there then."""
+        deadline = time.monotonic() + timeout
+        while not try_flock(self._fd):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return False
+            _wait_for(lock_holder(self._paths.lock), min(remaining, _LOCK_POLL_SECONDS))
+        return self.show(max(0.0, deadline - time.monotonic()))
+
+    def show(self, timeout: float = 0.0) -> bool:
+        """Make what was removed from the directory, and be seen to hold it. False: somebody else is seen."""
+        self._paths.make()
+        if self._named is not None and not self._named.is_in_place():
+            self._named.close()
+            self._named = None
+        if self._named is None:
+            self._named = FileLock(self._paths.lock)
+        return self._named.acquire(timeout)
+
+    def close(self) -> None:
+        """Release it, if held."""
+        if self._named is not None:
+            self._named.close()
+        os.close(self._fd)
+
+
+def try_flock(fd: int) -> bool:
+    """Take the flock on an open file or directory, which lasts until ``fd`` is closed; False if it is taken."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait_for(pid: int, timeout: float) -> None:
+    """Wait for the holder of a lock to die, at most ``timeout`` seconds; a moment if it cannot be seen."""
+    try:
+        pidfd = os.pidfd_open(pid) if pid > 0 else None
+    except OSError:
+        pidfd = None
+    if pidfd is None:  # gone just now, or of another pid namespace
+        time.sleep(min(timeout, 0.005))
+        return
+    wait_ended(pidfd, timeout)
+    os.close(pidfd)
 
 
 def lock_holder(path: Path) -> int:

@@ -64,9 +64,9 @@ def test_nothing_in_the_current_directory_runs_in_a_broker_that_is_served(direct
     assert list(trapped.glob("*.trace")) == []
 
 
-def test_no_worker_stands_in_a_directory_that_somebody_may_want_to_unmount(broker: Broker, directory: Path) -> None:
+def test_workers_stand_in_the_brokers_directory_and_hold_no_other(broker: Broker, directory: Path) -> None:
     wait_for_workers(directory)
-    assert {process.cwd() for process in processes_of(directory)} == {"/"}
+    assert {process.cwd() for process in processes_of(directory)} == {str(directory)}
     assert broker.topics() == []
 
 

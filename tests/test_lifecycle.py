@@ -410,7 +410,7 @@ def test_an_opener_waits_for_a_broker_that_is_stopping_and_starts_the_next(
     assert state is not None
     first.close()
     del region
-    wait_until(lambda: state[0].get("state") == memory.STATE_DRAINING, "the broker draining")
+    wait_until(lambda: psutil.Process(supervisor).status() == psutil.STATUS_STOPPED, "the broker draining")
     opened: list[Broker] = []
     opener = threading.Thread(target=lambda: opened.append(open_small(directory)))
     opener.start()
@@ -480,7 +480,7 @@ def test_a_supervisor_killed_while_it_starts_leaves_nothing_that_hinders_the_nex
 
 @pytest.mark.crash
 @pytest.mark.parametrize(
-    "name", ["supervisor.draining", "supervisor.drained", "memory.control_unlinked", "memory.unlinked"]
+    "name", ["supervisor.draining", "supervisor.drained", "memory.ring_unlinked", "memory.unlinked"]
 )
 def test_a_supervisor_killed_while_it_stops_loses_nothing(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -33,9 +33,10 @@ def paths(tmp_path: Path) -> Iterator[BrokerPaths]:
     """A broker's directory with memory, made without a supervisor; whatever descriptor is there at the end is swept."""
     made = BrokerPaths(tmp_path / "broker")
     made.make()
-    memory.create(made, CONFIG, store=bytes(16), tail=0, epoch=1)
+    held = memory.create(made, CONFIG, store=bytes(16), tail=0, epoch=1)
     kept = descriptor_of(made)
     yield made
+    held.close()
     for name in (kept.control, kept.ring):
         (SHM / name[1:]).unlink(missing_ok=True)
 
@@ -77,10 +78,11 @@ def test_objects_and_descriptor_belong_to_their_owner_alone_whatever_the_umask(t
     try:
         paths = BrokerPaths(tmp_path / "open-handed")
         paths.make()
-        memory.create(paths, CONFIG, store=bytes(16), tail=0, epoch=1)
+        held = memory.create(paths, CONFIG, store=bytes(16), tail=0, epoch=1)
     finally:
         os.umask(before)
-    descriptor = descriptor_of(paths)
+    descriptor = held.descriptor
+    held.close()
     for path in (SHM / descriptor.control[1:], SHM / descriptor.ring[1:], paths.descriptor):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     for path in (paths.directory, paths.log, paths.queues, paths.index, paths.run):
@@ -177,8 +179,9 @@ def test_the_descriptor_in_a_copied_directory_leads_nowhere(paths: BrokerPaths) 
 def test_memory_that_names_another_broker_is_refused(paths: BrokerPaths, tmp_path: Path) -> None:
     other = BrokerPaths(tmp_path / "other")
     other.make()
-    memory.create(other, CONFIG, store=bytes(16), tail=0, epoch=1)
-    theirs = descriptor_of(other)
+    held = memory.create(other, CONFIG, store=bytes(16), tail=0, epoch=1)
+    theirs = held.descriptor
+    held.close()
     forge(paths, control=theirs.control, ring=theirs.ring)
     with pytest.raises(shmbroker.LayoutMismatch, match="belongs to another broker"):
         memory.attach(paths)

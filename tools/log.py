@@ -234,7 +234,7 @@ def _stopped(session: Session) -> Iterator[None]:
     paths = session.require_directory()
     paths.run.mkdir(mode=0o700, exist_ok=True)
     access.adopt(paths)  # what is rebuilt is as open as what it replaces
-    lock = process.FileLock(paths.lock)
+    lock = process.DirectoryLock(paths)
     try:
         if not lock.acquire():
             raise Failure(f"a broker runs in {session.directory}; stop it first", ExitCode.RETRY_LATER)

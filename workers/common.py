@@ -49,9 +49,10 @@ EXIT_CONFIG: Final = os.EX_CONFIG  # a setting is wrong
 SLEEP_IDLE: Final = 1  # any append ends the sleep
 SLEEP_TICK: Final = 2  # only urgent work ends it
 
-ROLE_LOCK_TIMEOUT: Final = 10.0  # an orphan of a killed supervisor flushes and leaves first
+ROLE_LOCK_SLICE: Final = 0.5  # who waits for its role looks so often whether it is still wanted
 ATTACH_TIMEOUT: Final = 60.0  # a log may have to be scanned first
 _LOOK_SECONDS: Final = 0.005
+_ENDING: Final = (memory.STATE_DRAINING, memory.STATE_STOPPED)
 _LOG_FORMAT: Final = "%(asctime)s.%(msecs)03d %(process)d %(levelname)s %(message)s"
 
 
@@ -99,9 +100,10 @@ def run(role: str, serve: Callable[[Worker], None], argv: Sequence[str] | None =
         return EXIT_OK if leaving.code == 0 else EXIT_USAGE
     paths = BrokerPaths(arguments.directory.resolve())
     set_process_name(f"shmb-{role}")
-    if not paths.run.is_dir():
-        print(f"{role}: no broker runs in {paths.directory}", file=sys.stderr)
+    if _supervisor() == 0 and not paths.run.is_dir():
+        print(f"{role}: no broker runs in {paths.directory}: start `shmbroker serve` first", file=sys.stderr)
         return EXIT_NO_BROKER
+    paths = paths.enter() if _supervisor() == 0 else paths.entered()
     access.adopt(paths)
     start_log(role, paths)
     return guarded(role, lambda: _work(role, serve, paths))
@@ -134,29 +136,39 @@ def exit_code(error: Exception) -> int:
 def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int:
     failpoint.arm_from_environment(role)
     region, descriptor, supervisor = attach(paths, ATTACH_TIMEOUT)
-    lock = process.FileLock(paths.role_lock(role))
-    if not lock.acquire(ROLE_LOCK_TIMEOUT):
-        logging.getLogger(f"shmbroker.{role}").error("another process is the %s of this broker", role)
-        return EXIT_ROLE_TAKEN
+    lock = process.FileLock(paths.role_lock(role), create=False)
+    waiting = False
+    while not lock.acquire(ROLE_LOCK_SLICE):
+        if not waiting:
+            logging.getLogger(f"shmbroker.{role}").info("another process is the %s: waiting for its end", role)
+            waiting = True
+        if _told_to_leave():
+            return EXIT_ROLE_TAKEN  # nothing was finished here
+        if process.has_ended(supervisor):
+            raise NotReady("the supervisor has died")
     # Memory can be replaced only by a supervisor that has seen all role locks free. So while this one lives, and from
     # here on in any case, what we are attached to is the memory that counts.
     if process.has_ended(supervisor):
         raise NotReady("the supervisor has died")
+    if _supervisor() == 0 and region.get("state") in _ENDING:
+        raise NotReady("the broker is stopping: its supervisor's own workers finish what there is")
     worker = Worker(role, paths, region, descriptor)
     logging.getLogger("shmbroker").setLevel(worker.config.runtime.log_level)
     region.worker_register(role)
     leave_on_signals(worker.request_stop)
     threading.Thread(target=_watch, args=(worker, supervisor), name="watch-supervisor", daemon=True).start()
     worker.log.info("started")
+    if not all(path.exists() for path in paths.parts):  # nobody is to find anew what he has just removed
+        raise NotReady(f"{paths.directory} is being removed")
     serve(worker)
     worker.log.info("left, %s", "the supervisor has died" if worker.orphaned else "as told")
-    return EXIT_OK
+    return EXIT_NO_BROKER if worker.orphaned else EXIT_OK
 
 
 def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]:
     """Memory, descriptor and a pidfd of the supervisor of the broker in ``paths``; NotReady after ``timeout`` s."""
     deadline = time.monotonic() + timeout
-    ours = int(os.environ.get(process.SUPERVISOR_KEY, "0"))  # 0: started by a process manager
+    ours = _supervisor()
     while True:
         refusal: ShmBrokerError = NotReady(f"no broker runs in {paths.directory}")
         found = None
@@ -168,14 +180,25 @@ def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]
             region, descriptor = found
             pid = region.get("supervisor_pid")
             supervisor = process.open_pidfd(pid, region.get("supervisor_start_ticks"))
-            if supervisor is not None and ours in (0, pid):
+            wanted = pid == ours or (ours == 0 and region.get("state") not in _ENDING)
+            if supervisor is not None and wanted:
                 return region, descriptor, supervisor
             region.close()
             if supervisor is not None:
                 os.close(supervisor)
-        if time.monotonic() > deadline or ours not in (0, os.getppid()):
+        if time.monotonic() > deadline or ours not in (0, os.getppid()) or _told_to_leave():
             raise refusal
         time.sleep(_LOOK_SECONDS)  # started before the memory stands: there is nothing yet that could be waited on
+
+
+def _supervisor() -> int:
+    """Pid of the supervisor that has started this process; 0: a process manager has."""
+    return int(os.environ.get(process.SUPERVISOR_KEY, "0"))
+
+
+def _told_to_leave() -> bool:
+    """Whether a signal says so that is still blocked: fleet.py has started us so, until ``leave_on_signals``."""
+    return not signal.sigpending().isdisjoint({signal.SIGTERM, signal.SIGINT})
 
 
 def leave_on_signals(request_stop: Callable[[], None]) -> None:
@@ -201,17 +224,18 @@ def _watch(worker: Worker, supervisor: int) -> None:
 
 def start_log(role: str, paths: BrokerPaths, *, to_stderr: bool = False) -> None:
     """Log to run/<role>.log, appending; a supervisor in the foreground to stderr as well."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(paths.worker_log(role), flags, access.file_mode())
-    handler = logging.StreamHandler(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace"))
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger("shmbroker")
-    root.addHandler(handler)
-    if not to_stderr:
-        os.dup2(fd, sys.stderr.fileno())  # what an interpreter says when it fails
-    else:
-        console = logging.StreamHandler()
-        console.setFormatter(handler.formatter)
-        root.addHandler(console)
+    handlers = [logging.StreamHandler()]
+    if _supervisor() == 0:  # else that is where the supervisor has pointed our stderr
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(paths.worker_log(role), flags, access.file_mode())
+        if to_stderr:
+            handlers.append(logging.StreamHandler(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")))
+        else:
+            os.dup2(fd, sys.stderr.fileno())  # as well what an interpreter says when it fails
+            os.close(fd)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False

@@ -22,14 +22,15 @@ from shmbroker import access, failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
 from shmbroker.errors import AttachRefused, NotReady, ShmBrokerError
-from shmbroker.fleet import Fleet
-from shmbroker.memory import Footing, Vanished
+from shmbroker.fleet import WORKERS, Fleet
+from shmbroker.footing import Footing, Vanished
+from shmbroker.memory import Held
 from shmbroker.naming import BrokerPaths
 from shmbroker.workers import common
 
-LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping
-LOOK_SECONDS: Final = 0.1  # an embedded broker counts its clients so often
-FOOTING_SECONDS: Final = 0.5  # so often, at least, whether directory and memory are still there
+LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping, or about to
+LOOK_SECONDS: Final = 0.1  # so often are clients counted, and directory and memory looked at
+TORN_SECONDS: Final = 0.5  # who removes the directory part by part is given so long to finish
 
 log = logging.getLogger("shmbroker.supervisor")
 
@@ -39,7 +40,7 @@ class DirectoryTaken(NotReady):
 
 
 class Supervisor:
-    """One start of a broker: memory, workers, a clean stop. The caller holds the directory's lock."""
+    """One start of a broker: memory, workers, a clean stop. The caller holds the directory's lock and is inside."""
 
     def __init__(self, paths: BrokerPaths, config: Config, *, embedded: bool) -> None:
         self._paths = paths
@@ -57,51 +58,51 @@ class Supervisor:
     def serve(self, tell_ready: Callable[[], None]) -> int | None:
         """Open memory and log, start the workers, call ``tell_ready``, stay, stop. Returns the exit code.
 
-        None: somebody has unlinked the memory. All of it is in the log now, and the broker is to be opened anew.
+        None: somebody has taken away what it stood on. All of it is in the log now; the broker is to be opened anew.
         """
-        fleet = Fleet(self._paths, log)
+        fleet = Fleet(self._paths, WORKERS, log)
         # Its interpreter starts while this one loads the rest and reads the log; it waits for the memory.
         fleet.start(["flusher"])
-        from shmbroker import lifecycle
-
         try:
-            region, config = self._start(fleet)
-            footing = Footing(self._paths)
+            held, config = self._start(fleet)
         except BaseException:
-            lifecycle.abandon(self._paths)
             fleet.kill("flusher")
             raise
-        tell_ready()
-        fleet.start(["dispatcher", "janitor"])
-        log.info("serving %s, epoch %d", self._paths.directory, region.get("epoch"))
-        vanished = self._stay(region, fleet, footing, config.runtime.embed_grace_ms / 1000)
-        footing.close()
-        if vanished is not None:
-            log.critical("%s, while the broker runs", vanished.value)
-        if vanished in (Vanished.REMOVED, Vanished.MOVED):
-            lifecycle.desert(region, footing.descriptor, fleet, removed=vanished is Vanished.REMOVED)
-            return common.EXIT_STORE
-        if not lifecycle.drain(region, self._paths, fleet):
-            return common.EXIT_STORE
-        if vanished is not None and not self._stop_requested:
-            return None
-        log.info("stopped")
-        return common.EXIT_OK
+        failure: Exception | None = None
+        vanished: Vanished | None = None
+        footing = Footing(self._paths, held.descriptor)
+        try:
+            tell_ready()
+            fleet.start(["dispatcher", "janitor"])
+            log.info("serving %s, epoch %d", self._paths.directory, held.region.get("epoch"))
+            vanished = self._stay(held.region, fleet, footing, config.runtime.embed_grace_ms / 1000)
+        except Exception as error:  # a fault here, or no processes: that is no reason to leave memory behind
+            log.exception("stopping the broker")
+            failure = error
+        code = self._leave(held, fleet, footing, vanished)
+        fleet.close()
+        if failure is not None:
+            raise failure
+        return code
 
-    def _start(self, fleet: Fleet) -> tuple[Region, Config]:
+    def _start(self, fleet: Fleet) -> tuple[Held, Config]:
         """Everything up to the first send."""
         from shmbroker import lifecycle
 
         opened = lifecycle.open_memory(self._paths, self._config)
-        region, config = opened.region, opened.config
-        logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
-        lifecycle.announce(region, config, embedded=self._embedded)
-        region.worker_register("supervisor")
-        fleet.tend(0.0)
-        if opened.epoch is not None:
-            lifecycle.begin_epoch(region, opened.epoch)
-        lifecycle.run(region)
-        return region, config
+        held, config = opened.held, opened.config
+        try:
+            logging.getLogger("shmbroker").setLevel(config.runtime.log_level)
+            lifecycle.announce(held.region, config, embedded=self._embedded)
+            held.region.worker_register("supervisor")
+            fleet.restart_dead()
+            if opened.epoch is not None:
+                lifecycle.begin_epoch(held.region, opened.epoch)
+            lifecycle.run(held.region)
+        except BaseException:
+            lifecycle.abandon(self._paths, held)
+            raise
+        return held, config
 
     def _stay(self, region: Region, fleet: Fleet, footing: Footing, grace: float) -> Vanished | None:
         """Keep the workers running until told to stop, or (embedded) until nobody is attached; or: what vanished."""
@@ -109,18 +110,42 @@ class Supervisor:
 
         last_seen = time.monotonic()
         while not self._stop_requested:
-            try:
-                fleet.tend(LOOK_SECONDS if self._embedded else FOOTING_SECONDS, self._wake_read)
-            except FileNotFoundError:  # a worker whose log has no place any more
-                if footing.vanished() is None:
-                    raise
-            if (vanished := footing.vanished()) is not None:
+            fleet.wait(LOOK_SECONDS, self._wake_read)
+            if (vanished := footing.vanished()) is not None:  # first: nobody is to be started where nothing is left
                 return vanished
+            fleet.restart_dead()
             if not self._embedded or live_clients(region):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
                 break
         return None
+
+    def _leave(self, held: Held, fleet: Fleet, footing: Footing, vanished: Vanished | None) -> int | None:
+        from shmbroker import shutdown
+
+        if vanished is not None:
+            log.critical("%s, while the broker runs", vanished.value)
+        if vanished is Vanished.TORN:
+            shutdown.stop_at_once(held.region, fleet)
+            vanished = _settled(footing)
+        if vanished is Vanished.TORN:
+            shutdown.put_back(held, self._paths, fleet)
+        if vanished not in (Vanished.REMOVED, Vanished.MOVED):
+            if shutdown.drain(held, self._paths, fleet):
+                log.info("stopped")
+                return None if vanished is not None and not self._stop_requested else common.EXIT_OK
+            vanished = footing.vanished()  # perhaps that is why
+        if vanished in (Vanished.REMOVED, Vanished.MOVED):
+            shutdown.desert(held, self._paths, fleet, removed=vanished is Vanished.REMOVED)
+        return common.EXIT_STORE
+
+
+def _settled(footing: Footing) -> Vanished:
+    """What has vanished in the end, when a part of the directory is already gone."""
+    deadline = time.monotonic() + TORN_SECONDS
+    while (vanished := footing.vanished()) is Vanished.TORN and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return vanished or Vanished.TORN
 
 
 def _nobody_comes(region: Region) -> bool:
@@ -134,24 +159,29 @@ def _nobody_comes(region: Region) -> bool:
     return True
 
 
-def take_directory(paths: BrokerPaths) -> process.FileLock:
-    """The directory's lock, for life. Raises DirectoryTaken if another supervisor serves it."""
-    lock = process.FileLock(paths.lock)
-    if not lock.acquire(LOCK_TIMEOUT if _is_stopping(paths) else 0.0):
-        raise DirectoryTaken(f"another supervisor serves {paths.directory}")
-    failpoint.failpoint("supervisor.locked")
-    return lock
+def enter(paths: BrokerPaths) -> BrokerPaths:
+    """Make the directory if there is none, and go there. Raises AttachRefused if it is another's.
 
-
-def check_owner(paths: BrokerPaths) -> None:
-    """Make the directory if there is none. Raises AttachRefused if it is another's, to whom the memory would belong."""
-    paths.make()
-    owner = paths.directory.stat().st_uid
+    To whom the memory would belong, and who then could not remove it.
+    """
+    paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    inside = paths.enter()
+    owner = inside.root.stat().st_uid
     if owner != os.geteuid():
         raise AttachRefused(
             f"{paths.directory} belongs to user {owner}, this process runs as user {os.geteuid()}: start the broker as "
             "the directory's owner"
         )
+    return inside
+
+
+def take_directory(paths: BrokerPaths) -> process.DirectoryLock:
+    """The directory's lock, for life. Raises DirectoryTaken if another supervisor serves it."""
+    lock = process.DirectoryLock(paths)
+    if not lock.acquire(LOCK_TIMEOUT if _is_stopping(paths) else 0.0):
+        raise DirectoryTaken(f"another supervisor serves {paths.directory}")
+    failpoint.failpoint("supervisor.locked")
+    return lock
 
 
 def _is_stopping(paths: BrokerPaths) -> bool:
@@ -207,18 +237,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
     failpoint.arm_from_environment("supervisor")
     config = load(paths.directory, file) if report_fd is None else Config.of(json.load(sys.stdin))
-    check_owner(paths)
-    common.start_log("supervisor", paths, to_stderr=report_fd is None)
+    paths = enter(paths)
     lock = take_directory(paths)
+    common.start_log("supervisor", paths, to_stderr=report_fd is None)
     supervisor = Supervisor(paths, config, embedded=report_fd is not None)
     common.leave_on_signals(supervisor.request_stop)
     try:
         access.arrange(paths, memory.group_in_force(paths, config))
         access.adopt(paths)
         code = supervisor.serve(lambda: report(report_fd, {"ready": True}))
-        while code is None:
+        while code is None and lock.show():
             code = supervisor.serve(lambda: None)
-        return code
+        return common.EXIT_ROLE_TAKEN if code is None else code
     except Exception:
         log.exception("cannot serve")
         raise

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -135,14 +136,21 @@ def processes_of(directory: Path) -> list[psutil.Process]:
 
 
 def kill_all(directory: Path) -> None:
-    """kill -9 of supervisor and workers, the supervisor first, all stopped before so that none sees another die."""
-    victims = processes_of(directory)
-    for signum in (signal.SIGSTOP, signal.SIGKILL):
-        for victim in victims:
-            try:
-                victim.send_signal(signum)
-            except psutil.NoSuchProcess:
-                continue
+    """kill -9 of supervisor and workers, the supervisor first, all stopped before so that none sees another die.
+
+    When it returns they are dead for everybody: a process without a command line may still be dying.
+    """
+    with ExitStack() as opened:
+        pidfds = []
+        for victim in processes_of(directory):
+            with suppress(ProcessLookupError):
+                pidfds.append(os.pidfd_open(victim.pid))
+                opened.callback(os.close, pidfds[-1])
+        for signum in (signal.SIGSTOP, signal.SIGKILL):
+            for pidfd in pidfds:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signum)
+        assert all(process.wait_ended(pidfd, DEADLINE) for pidfd in pidfds)
     wait_until(lambda: not processes_of(directory), "all processes of the broker dead")
 
 
