@@ -176,6 +176,11 @@ ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
     "mappedFileSizeCommitLog": ("segment_bytes", 1),
     "diskSpaceWarningLevelRatio": ("disk_full_watermark", 1),
 }
+_SPELLINGS: Final = {name.lower(): name for name in (*RULES, *ROCKETMQ_KEYS)}
+
+# Environment variables of ours that are no settings, and what Kubernetes sets for a service that has our name.
+OTHER_VARIABLES: Final = frozenset({"DIRECTORY", "FAILPOINTS", "PYTHON", "SUPERVISOR_PID"})
+_KUBERNETES: Final = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_\w+)?)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +254,7 @@ class Config:
         Two defaults follow a small ring or segment down. What somebody chose is checked instead.
         """
         if unknown := settings.keys() - RULES.keys():
-            raise ConfigError(f"unknown setting {min(unknown)!r}")
+            raise ConfigError(f"unknown setting {min(unknown)!r}{_hint(min(unknown))}")
         for key in ("ring_bytes", "segment_bytes"):
             if key in settings and not isinstance(settings[key], int):
                 raise ConfigError(f"{key} = {settings[key]!r}: {_wanted(key)}")
@@ -282,8 +287,9 @@ def load(
             _put(settings, name, value, f"{path}: ")
     from_environment: dict[str, Any] = {}
     for name, value in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and (key := name.removeprefix(ENVIRONMENT_PREFIX).lower()) in RULES:
-            _put(from_environment, key, value, f"{name}: ")
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if name != key and key not in OTHER_VARIABLES and not _KUBERNETES.fullmatch(key):
+            _put(from_environment, _SPELLINGS.get(key.lower(), key.lower()), value, f"{name}: ")
     from_arguments: dict[str, Any] = {}
     for name, value in (arguments or {}).items():
         if f"{name}_ms" in RULES:
@@ -309,14 +315,23 @@ def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
     """Store ``value`` under our own key, converted to the type of its default."""
     key, factor = ROCKETMQ_KEYS.get(name, (name, 1))
     if key not in RULES:
-        hint = f"; did you mean {name}_ms, in milliseconds?" if f"{name}_ms" in RULES else ""
-        raise ConfigError(f"{where}unknown setting {name!r}{hint}")
+        raise ConfigError(f"{where}unknown setting {name!r}{_hint(name)}")
     if key in settings:
         raise ConfigError(f"{where}{name!r} and another spelling of {key!r} are both set")
     try:
         settings[key] = _convert(key, value) * factor if factor != 1 else _convert(key, value)
     except ValueError:
         raise ConfigError(f"{where}{name} = {value!r}: {_wanted(key)}") from None
+
+
+def _hint(name: str) -> str:
+    """What somebody may have meant who wrote a setting that nobody knows."""
+    from difflib import get_close_matches
+
+    if f"{name}_ms" in RULES:
+        return f"; did you mean {name}_ms, in milliseconds?"
+    nearest = get_close_matches(name.lower(), _SPELLINGS, n=1)
+    return f"; did you mean {_SPELLINGS[nearest[0]]}?" if nearest else "; config/README.md lists them all"
 
 
 def _convert(key: str, value: Any) -> Any:

@@ -12,3 +12,6 @@ class SendStatus(IntEnum):
     FLUSH_DISK_TIMEOUT = 1  # SYNC_FLUSH: not known to be on the disk in time, or the disk failed
     FLUSH_SLAVE_TIMEOUT = 2  # SYNC_MASTER: the slave did not answer in time
     SLAVE_NOT_AVAILABLE = 3  # SYNC_MASTER: there is no slave in step
+
+    def __str__(self) -> str:
+        return self.name

@@ -101,6 +101,35 @@ def test_a_time_in_a_file_needs_its_unit(tmp_path: Path) -> None:
         load(tmp_path, environment={})
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("SHMBROKER_RINGBYTES", "SHMBROKER_RINGBYTES: unknown setting 'ringbytes'; did you mean ring_bytes?"),
+        ("SHMBROKER_FLUSH_TYPE", "did you mean flush_disk_type?"),
+        ("SHMBROKER_SYNC_FLUSH_TIMEOUT", "did you mean sync_flush_timeout_ms, in milliseconds?"),
+        ("SHMBROKER_FLUSHDISKTYP", "did you mean flushDiskType?"),
+        ("SHMBROKER_XYZ", "unknown setting 'xyz'; config/README.md lists them all"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_what_was_meant(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        load(environment={name: "1"})
+
+
+@pytest.mark.parametrize("name", ["FLUSHDISKTYPE", "flushDiskType", "flush_disk_type", "FLUSH_DISK_TYPE"])
+def test_a_variable_may_be_spelt_as_people_know_it(name: str) -> None:
+    assert load(environment={f"SHMBROKER_{name}": "SYNC_FLUSH"}).sync_flush
+
+
+def test_variables_that_are_no_settings_are_left_alone() -> None:
+    """Ours, each of which the code names; and those of a Kubernetes service that is called shmbroker-orders."""
+    sources = [path for top in ("shmbroker", "workers", "tools") for path in (CONFIG.parent / top).rglob("*.py")]
+    ours = {name for path in sources for name in re.findall(r'"SHMBROKER_(\w+)"', path.read_text())}
+    assert ours == config.OTHER_VARIABLES
+    theirs = {"ORDERS_SERVICE_HOST", "ORDERS_SERVICE_PORT_HTTP", "ORDERS_PORT", "PORT", "ORDERS_PORT_80_TCP_ADDR"}
+    assert load(environment=dict.fromkeys((f"SHMBROKER_{name}" for name in ours | theirs), "1")) == Config()
+
+
 def test_a_file_that_is_no_toml_is_refused_with_its_name(tmp_path: Path) -> None:
     write(tmp_path, "flush_interval_ms: 5")
     with pytest.raises(ConfigError, match=r"broker\.toml"):
