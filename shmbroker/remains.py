@@ -83,8 +83,16 @@ def _holds_nothing(control_fd: int, ring: Path) -> bool:
         region = Region.attach(control_fd, ring_fd)
     finally:
         os.close(ring_fd)
-    if any(map(_is_alive, [*region.workers(), *region.clients()])):
-        return False
+    return not is_used(region) and is_written(region)
+
+
+def is_used(region: Region) -> bool:
+    """Whether a worker or a client lives that works on it."""
+    return any(map(_is_alive, [*region.workers(), *region.clients()]))
+
+
+def is_written(region: Region) -> bool:
+    """Whether the log has all of it: messages, and what was acknowledged."""
     return region.get("tail") == region.get("flushed") and not region.progress_records(only_changed=True)
 
 

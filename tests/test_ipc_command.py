@@ -6,19 +6,29 @@ Each test names its own memory: other brokers of this host are none of its busin
 from __future__ import annotations
 
 import gc
+import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import posix_ipc
 import pytest
+from click.testing import CliRunner
+from conftest import objects_of
 from support.command import shmbroker_json
+from support.processes import SMALL, Child, kill_all, wait_for_workers
+from support.progress import Progress
 
 from shmbroker import process
 from shmbroker._native._core import Region
 from shmbroker.config import Config
-from shmbroker.naming import object_names
+from shmbroker.descriptor import read_descriptor
+from shmbroker.naming import BrokerPaths, object_names
+from shmbroker.tools import ipc
+from shmbroker.tools.cli import cli
 
 RING_BYTES = 1 << 20
 LIMITS = Config.of({"ring_bytes": RING_BYTES, "max_message_bytes": 64 << 10, "claim_tables": 4}).native_limits()
@@ -68,11 +78,15 @@ def listed(directory: Path, objects: Objects) -> dict[str, Any]:
     return dict(entry)
 
 
+def clean(directory: Path, objects: Objects, *options: str, code: int = 0) -> dict[str, Any]:
+    return dict(shmbroker_json(directory, "ipc", "clean", *options, objects.name, code=code))
+
+
 def test_memory_that_a_process_has_mapped_is_in_use_and_stays(tmp_path: Path, objects: Objects) -> None:
     region = objects.format(process.namespaces())
     assert listed(tmp_path, objects)["pids"] == [os.getpid()]
     assert listed(tmp_path, objects)["state"] == "in use"
-    assert shmbroker_json(tmp_path, "ipc", "clean", objects.name) == {"removed": [], "kept": []}
+    assert clean(tmp_path, objects) == {"removed": [], "kept": []}
     assert objects.exist()
     region.close()
 
@@ -81,7 +95,7 @@ def test_memory_that_nobody_has_mapped_and_that_holds_nothing_is_removed(tmp_pat
     objects.format(process.namespaces()).close()
     gc.collect()
     assert listed(tmp_path, objects)["state"] == "dead"
-    assert shmbroker_json(tmp_path, "ipc", "clean", objects.name)["removed"] == [objects.name]
+    assert clean(tmp_path, objects)["removed"] == [objects.name]
     assert not objects.exist()
 
 
@@ -92,9 +106,9 @@ def test_memory_that_holds_unflushed_messages_is_kept_unless_told_otherwise(tmp_
     del region
     gc.collect()
     assert listed(tmp_path, objects)["unflushed_bytes"] == end
-    assert shmbroker_json(tmp_path, "ipc", "clean", objects.name, code=1)["kept"] == [objects.name]
+    assert clean(tmp_path, objects, code=1)["kept"] == [objects.name]
     assert objects.exist()
-    assert shmbroker_json(tmp_path, "ipc", "clean", "--lose-unflushed", objects.name)["removed"] == [objects.name]
+    assert clean(tmp_path, objects, "--lose-unflushed")["removed"] == [objects.name]
     assert not objects.exist()
 
 
@@ -104,11 +118,100 @@ def test_memory_of_another_namespace_is_left_alone(tmp_path: Path, objects: Obje
     objects.format((pid_namespace + 1, ipc_namespace)).close()
     gc.collect()
     assert listed(tmp_path, objects)["state"] == "another namespace's"
-    shmbroker_json(tmp_path, "ipc", "clean", "--lose-unflushed", objects.name)
+    clean(tmp_path, objects, "--lose-unflushed")
     assert objects.exist()
 
 
-def test_memory_that_was_never_finished_is_shown_and_kept(tmp_path: Path, objects: Objects) -> None:
-    """Killed between making and formatting it; or somebody is at it just now."""
-    assert listed(tmp_path, objects)["unflushed_bytes"] == -1
-    assert shmbroker_json(tmp_path, "ipc", "clean", objects.name, code=1)["kept"] == [objects.name]
+def test_memory_that_was_never_finished_is_left_alone_at_first_and_kept_then(tmp_path: Path, objects: Objects) -> None:
+    """Somebody is at it just now, or was killed between making and formatting it."""
+    assert (listed(tmp_path, objects)["state"], listed(tmp_path, objects)["unflushed_bytes"]) == ("being made", -1)
+    assert clean(tmp_path, objects, "--lose-unflushed") == {"removed": [], "kept": []}
+    assert objects.exist()
+    for name in objects.names:
+        os.utime(f"/dev/shm{name}", (0, 0))
+    assert listed(tmp_path, objects)["state"] == "dead"
+    assert clean(tmp_path, objects, code=1) == {"removed": [], "kept": [objects.name]}
+    assert clean(tmp_path, objects, "--lose-unflushed") == {"removed": [objects.name], "kept": []}
+
+
+def test_memory_with_acknowledgements_that_are_not_on_the_disk_is_kept(tmp_path: Path, objects: Objects) -> None:
+    region = objects.format(process.namespaces())
+    region.define_group("audit", record=False)
+    region.define_topic("orders", 1, 6, record=False)
+    region.restore_progress(Progress(1, 1, 0, 0, 5).encode())
+    region.close()
+    del region
+    assert listed(tmp_path, objects)["unflushed_bytes"] == 0
+    assert clean(tmp_path, objects, code=1) == {"removed": [], "kept": [objects.name]}
+    assert objects.exist()
+
+
+# ---- a broker that comes while somebody clears away --------------------------------------------------------------
+
+OPENER = """
+    import sys, shmbroker
+    with shmbroker.open(sys.argv[1], **eval(sys.argv[2])) as broker, broker.producer("test") as producer:
+        producer.send(shmbroker.Message("orders", b"42")).confirm()  # nothing is unflushed
+        print("open")
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Callable[[], object]]:
+    """Opens the broker of ``directory`` in a process of its own, the first time it is called."""
+    with ExitStack() as stack:
+        started: list[Child] = []
+
+        def open_once() -> None:
+            if not started:
+                started.append(stack.enter_context(Child(OPENER, directory, SMALL)))
+                assert started[0].read_line() == "open"
+
+        yield open_once
+        started[0].write_line()
+        assert started[0].wait() == 0
+
+
+def name_of(directory: Path) -> str:
+    descriptor = read_descriptor(BrokerPaths(directory))
+    assert descriptor is not None
+    return descriptor.control.removesuffix("-c")
+
+
+def test_memory_that_is_made_while_somebody_looks_is_not_called_dead(
+    directory: Path, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = ipc._mapped
+    monkeypatch.setattr(ipc, "_mapped", lambda: (look(), start())[0])
+    found = {memory.name: memory.state for memory in ipc.memories()}
+    assert found.get(name_of(directory), "in use") == "in use"
+
+
+@pytest.mark.parametrize("step", ["_mapped", "memories"])
+def test_memory_that_is_taken_over_while_somebody_clears_away_stays(
+    directory: Path, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its broker comes back when the processes have been looked at, or when it has been found dead."""
+    with Child(OPENER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        wait_for_workers(directory)
+        os.kill(child.pid, signal.SIGSTOP)  # or it would start another supervisor
+        kill_all(directory)
+    name = name_of(directory)
+    look = getattr(ipc, step)
+    monkeypatch.setattr(ipc, step, lambda: (look(), start())[0])
+    done = CliRunner().invoke(cli, ["-d", str(directory), "--json", "ipc", "clean", "--lose-unflushed", name])
+    assert json.loads(done.output) == {"removed": [], "kept": []}
+    assert name_of(directory) == name, "it works on the memory of its predecessor"
+    assert len(objects_of(directory)) == 2
+
+
+def test_memory_that_a_supervisor_holds_is_left_alone_though_nobody_is_seen_to_map_it(
+    tmp_path: Path, objects: Objects
+) -> None:
+    objects.format(process.namespaces()).close()
+    gc.collect()
+    assert process.try_flock(objects.control_fd)
+    assert clean(tmp_path, objects, "--lose-unflushed") == {"removed": [], "kept": []}
+    assert objects.exist()

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from shmbroker import process, remains
+from shmbroker._native._core import Region
+from shmbroker.errors import ShmBrokerError
 from shmbroker.naming import is_object_name
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session
 
 SHM: Final = Path("/dev/shm")
+DEAD: Final = "dead"
 _MAPPED: Final = re.compile(r"/dev/shm(/shmbroker-[0-9a-f]{32})-[cr]")
 
 
@@ -28,7 +34,8 @@ class Memory:
     bytes: int
     owner_uid: int
     pids: tuple[int, ...]  # processes that have it mapped
-    unflushed_bytes: int  # what would be lost with it; -1: the header says nothing sensible
+    unflushed_bytes: int  # messages that would be lost with it; -1: the header says nothing sensible
+    written: bool  # the log has all of it, acknowledgements as well
     state: str
 
 
@@ -77,7 +84,7 @@ def list_memory(session: Session) -> None:
 @ipc.command()
 @common_options
 @click.argument("names", nargs=-1)
-@click.option("--lose-unflushed", is_flag=True, help="Also memory that holds messages which are not on the disk.")
+@click.option("--lose-unflushed", is_flag=True, help="Also memory that holds what is not on the disk.")
 @pass_session
 def clean(session: Session, names: tuple[str, ...], lose_unflushed: bool) -> int:
     """Remove the memory of dead brokers: yours, mapped by no process; all of it, or the NAMES that `list` shows.
@@ -86,69 +93,108 @@ def clean(session: Session, names: tuple[str, ...], lose_unflushed: bool) -> int
     shmbroker ipc clean
     shmbroker ipc clean --lose-unflushed /shmbroker-4f...    # its directory is gone for ever
 
-    Memory that still holds messages which are not on the disk is kept: open its directory once and they are written.
+    Memory that holds messages or acknowledgements which are not on the disk is kept: open its directory once and they
+    are written.
     Leaves with 1 if some was kept.
     """
-    removed, kept = [], []
+    removed: list[str] = []
+    kept: list[str] = []
     for memory in memories():
-        if memory.state != "dead" or (names and memory.name not in names):
-            continue
-        if memory.unflushed_bytes != 0 and not lose_unflushed:
-            kept.append(memory.name)
-            continue
-        for suffix in ("-r", "-c"):  # the control object last: it is what the list is made from
-            (SHM / f"{memory.name[1:]}{suffix}").unlink(missing_ok=True)
-        removed.append(memory.name)
+        if memory.state == DEAD and (not names or memory.name in names):
+            outcome = _remove(memory.name, lose_unflushed)
+            if outcome is not None:
+                (removed if outcome else kept).append(memory.name)
     if session.json:
         console.print_json({"removed": removed, "kept": kept})
     else:
         click.echo(f"removed {len(removed)}")
         for name in kept:
             click.echo(
-                f"kept {name}: it holds messages that are not on the disk; open its directory once, or --lose-unflushed"
+                f"kept {name}: it may hold what is not on the disk; open its directory once, or --lose-unflushed"
             )
     return ExitCode.FINDING if kept else ExitCode.OK
 
 
 def memories() -> list[Memory]:
     """Every pair of objects under our names, by name."""
-    mapped = _mapped()
+    # The names first: whose memory is made after the look at the processes is not among them.
     names = sorted({f"/{path.name[:-2]}" for path in SHM.glob("shmbroker-*") if is_object_name(f"/{path.name}")})
+    mapped = _mapped()
     return [found for name in names if (found := _look(name, mapped.get(name, ()))) is not None]
 
 
+def _remove(name: str, lose_unflushed: bool) -> bool | None:
+    """False if it is kept; None if it is not dead after all.
+
+    The lock is the one that a supervisor holds for life (memory.py): while we have it nobody takes the memory over, so
+    what is seen now is still so when the names go. Clients come only to memory that a supervisor serves.
+    """
+    control, ring = (SHM / f"{name[1:]}{suffix}" for suffix in ("-c", "-r"))
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError):  # half of it is gone: nobody takes that over
+            fd = os.open(control, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            if not process.try_flock(fd):
+                return None
+        found = _look(name, _mapped().get(name, ()))
+        if found is None or found.state != DEAD:
+            return None
+        if not found.written and not lose_unflushed:
+            return False
+        for path in (ring, control):  # the control object last: without it a ring is nobody's
+            path.unlink(missing_ok=True)
+    return True
+
+
 def _look(name: str, pids: tuple[int, ...]) -> Memory | None:
-    total, uid = 0, -1
+    total, uid, changed = 0, -1, 0.0
     for suffix in ("-c", "-r"):
         try:
             status = (SHM / f"{name[1:]}{suffix}").stat()
         except FileNotFoundError:
             continue
-        total, uid = total + status.st_size, status.st_uid
+        total, uid, changed = total + status.st_size, status.st_uid, max(changed, status.st_mtime)
     if uid < 0:
         return None
-    header = _header(name)
-    unflushed = header["tail"] - header["flushed"] if header is not None else -1
-    if header is not None and not 0 <= unflushed <= header["ring_bytes"]:
-        unflushed = -1
-    return Memory(name, total, uid, pids, unflushed, _state(header, uid, pids))
+    header, region = _header(name), _attach(name)
+    unflushed = _unflushed(header)
+    written = unflushed == 0 and (region is None or remains.is_written(region))
+    used = bool(pids) or (region is not None and remains.is_used(region))
+    young = time.time_ns() / 1e9 - changed < remains.YOUNG_SECONDS
+    return Memory(name, total, uid, pids, unflushed, written, _state(header, uid, used, young))
 
 
-def _state(header: dict[str, Any] | None, uid: int, pids: tuple[int, ...]) -> str:
-    from shmbroker import process
+def _unflushed(header: dict[str, Any] | None) -> int:
+    if header is None or not 0 <= header["tail"] - header["flushed"] <= header["ring_bytes"]:
+        return -1
+    return int(header["tail"] - header["flushed"])
 
+
+def _state(header: dict[str, Any] | None, uid: int, used: bool, young: bool) -> str:
     if uid != os.geteuid():
         return "another user's"
     if header is not None and any(header["namespaces"]) and header["namespaces"] != process.namespaces():
         return "another namespace's"  # its processes cannot be seen from here
-    return "in use" if pids else "dead"
+    if used:
+        return "in use"
+    return "being made" if header is None and young else DEAD
+
+
+def _attach(name: str) -> Region | None:
+    """Mapped, if it is whole, ours, and of this build."""
+    try:
+        with ExitStack() as stack:
+            fds = []
+            for suffix in ("-c", "-r"):
+                fds.append(os.open(SHM / f"{name[1:]}{suffix}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+                stack.callback(os.close, fds[-1])
+            return Region.attach(*fds)
+    except (ShmBrokerError, OSError):
+        return None
 
 
 def _header(name: str) -> dict[str, Any] | None:
     """The frozen header of the control object; None if it is missing, foreign or never was finished."""
-    from shmbroker._native._core import Region
-    from shmbroker.errors import ShmBrokerError
-
     try:
         fd = os.open(SHM / f"{name[1:]}-c", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
