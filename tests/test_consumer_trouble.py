@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
 import signal
 import struct
 import threading
@@ -19,6 +20,7 @@ import shmbroker
 from shmbroker import BrokerClosed, CorruptLog, LimitReached, Message, SimpleConsumer
 from shmbroker.broker import Broker
 from shmbroker.descriptor import read_descriptor
+from shmbroker.janitor import is_stopped
 from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES
 
@@ -209,3 +211,36 @@ def test_an_index_that_makes_no_sense_keeps_a_consumer_neither_from_messages_nor
             assert consumer.read_line() == "ready"
             consumer.write_line("ack 5")
             assert consumer.read_line().split() == ["0", "1", "2", "3", "4"]
+
+
+STALLED = """
+    import sys, shmbroker
+    broker = shmbroker.open(sys.argv[1])
+    consumer = broker.simple_consumer("audit", {"orders": sys.argv[2]})
+    print(len(consumer.receive(10)))
+"""
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("tags", ["paid", "*"])
+def test_a_consumer_that_was_stopped_while_its_topic_was_deleted_touches_no_message_of_another(
+    directory: Path, tags: str
+) -> None:
+    """Its claim table and its queue serve another group and topic when it goes on."""
+    with running(directory) as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *numbered(5), tags="refunded")
+        with Child(STALLED, directory, tags, environment={"SHMBROKER_FAILPOINTS": "client/claim.chosen=stop"}) as child:
+            wait_until(lambda: is_stopped(child.pid), "the consumer stopped before its first claim")
+            (before,) = broker.region.progress()
+            broker.delete_topic("orders")
+            broker.create_topic("invoices", queues=1)
+            with (
+                broker.simple_consumer("billing", {"invoices": "*"}) as consumer,
+                broker.producer("test") as producer,
+            ):
+                producer.send_batch([Message("invoices", body) for body in numbered(5)])
+                assert [table["table"] for table in broker.region.progress()] == [before["table"]]
+                os.kill(child.pid, signal.SIGCONT)
+                assert child.read_line() == "0"
+                assert drain(consumer, 5) == numbered(5)

@@ -32,11 +32,27 @@ static int passed(const sb_region *r, uint32_t table, const sb_place *place, uin
     return !place->entry && sb_load(&sb_claims_at(r, table)->base) > offset;
 }
 
-static int available(const sb_region *r, uint64_t w, uint64_t offset, uint32_t now_ms)
+/* The place of `offset` and the word that is stored there in this life of the table: a CAS of exactly this word fails if the
+ * place is another's by then. SB_OK | SB_LOST | SB_NO_SPACE | SB_GONE */
+static int look(const sb_region *r, uint32_t table, uint64_t life, uint64_t offset, sb_place *place, uint64_t *stored)
+{
+    int code;
+    do {
+        code = find_place(r, table, offset, place);
+        *stored = code == SB_OK ? sb_load(place->word) : 0;
+    } while (code == SB_OK && passed(r, table, place, offset)); /* at most once: then it is in the overflow table, or done */
+    if (sb_load(&sb_claims_at(r, table)->state) != life) {
+        return SB_GONE;
+    }
+    SB_FAILPOINT(claim_chosen); /* nothing changed; but a process stopped here may go on in another life of the table */
+    return code == SB_NOT_FOUND ? SB_LOST : code;
+}
+
+static int available(const sb_region *r, uint64_t life, uint64_t w, uint64_t offset, uint32_t now_ms)
 {
     switch (sb_claim_state(w)) {
     case SB_CLAIM_FREE:
-        return sb_claim_deadline(w) == sb_claim_lap(r, offset);
+        return sb_claim_deadline(w) == sb_claim_lap(r, life, offset);
     case SB_CLAIM_HELD:
         return sb_claim_expired(w, now_ms);
     default:
@@ -69,20 +85,18 @@ uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms)
     return due;
 }
 
-int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms, sb_claim *claim)
+int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
+                  sb_claim *claim)
 {
     sb_claims *c = sb_claims_at(r, table);
     sb_place place;
     uint64_t stored;
-    do {
-        int code = find_place(r, table, offset, &place);
-        if (code != SB_OK) {
-            return code == SB_NOT_FOUND ? SB_LOST : code;
-        }
-        stored = sb_load(place.word);
-    } while (passed(r, table, &place, offset)); /* at most once: then it is in the overflow table, or done */
+    int code = look(r, table, life, offset, &place, &stored);
+    if (code != SB_OK) {
+        return code;
+    }
     uint64_t w = stored ^ place.binding;
-    if (!available(r, w, offset, now_ms)) {
+    if (!available(r, life, w, offset, now_ms)) {
         return SB_LOST;
     }
     uint32_t attempts = sb_claim_attempts(w);
@@ -100,15 +114,16 @@ int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, 
     return SB_OK;
 }
 
-int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
+int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
 {
     sb_place place;
-    int code = find_place(r, table, offset, &place);
+    uint64_t stored;
+    int code = look(r, table, life, offset, &place, &stored);
     if (code != SB_OK) {
-        return code == SB_NOT_FOUND ? SB_LOST : code;
+        return code;
     }
-    uint64_t stored = sb_load(place.word), w = stored ^ place.binding;
-    if (sb_claim_state(w) != SB_CLAIM_FREE || sb_claim_deadline(w) != sb_claim_lap(r, offset)) {
+    uint64_t w = stored ^ place.binding;
+    if (sb_claim_state(w) != SB_CLAIM_FREE || sb_claim_deadline(w) != sb_claim_lap(r, life, offset)) {
         return SB_LOST;
     }
     if (!sb_cas(place.word, &stored, (w | SB_CLAIM_ACKED) ^ place.binding)) { /* FREE is 0: attempts, generation, lap stay */
@@ -121,10 +136,12 @@ int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
 }
 
 /* Whoever took the hint down before it could see these claims, since they lay behind `next`, is made good here. */
-void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms)
+void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms)
 {
     sb_claims *c = sb_claims_at(r, table);
-    sb_raise(&c->next, offset);
+    uint64_t wanted = sb_claims_next_word(life, offset), next = sb_load(&c->next);
+    while (((next ^ wanted) & SB_CLAIMS_NEXT_LIFE) == 0 && next < wanted && !sb_cas(&c->next, &next, wanted)) {
+    }
     if (deadline_ms) {
         sb_fence();
         sb_claim_note_deadline(c, deadline_ms);
@@ -134,7 +151,7 @@ void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t de
 uint64_t sb_claim_next(const sb_region *r, uint32_t table)
 {
     const sb_claims *c = sb_claims_at(r, table);
-    uint64_t next = sb_load(&c->next), base = sb_load(&c->base);
+    uint64_t next = sb_claims_next_offset(c), base = sb_load(&c->base);
     return next > base ? next : base;
 }
 
@@ -165,24 +182,25 @@ uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64
         return 0;
     }
     (void)atomic_exchange_explicit(&c->released, 0, memory_order_acq_rel);
+    const uint64_t life = sb_load(&c->state); /* behind the hints: whoever makes the table anew from now on puts up its own */
     uint32_t found = 0;
     uint64_t offset;
     sb_place place;
     for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
         if (sb_overflow_live(r, table, i, &offset, &place)) {
             uint64_t w = sb_load(place.word) ^ place.binding;
-            if (available(r, w, offset, now_ms)) {
+            if (available(r, life, w, offset, now_ms)) {
                 found = insert_sorted(offsets, found, count, offset);
             } else if (sb_claim_state(w) == SB_CLAIM_HELD) {
                 sb_claim_note_deadline(c, sb_claim_deadline(w));
             }
         }
     }
-    uint64_t base = sb_load(&c->base), end = sb_load(&c->next);
+    uint64_t base = sb_load(&c->base), end = sb_claims_next_offset(c);
     end = end > base + r->limits.claim_window ? base + r->limits.claim_window : end;
     for (offset = base; offset < end && found < count; offset++) {
         uint64_t w = sb_load(sb_claim_place(r, c, offset));
-        if (available(r, w, offset, now_ms)) {
+        if (available(r, life, w, offset, now_ms)) {
             offsets[found++] = offset;
         } else if (sb_claim_state(w) == SB_CLAIM_HELD) {
             sb_claim_note_deadline(c, sb_claim_deadline(w));
@@ -203,6 +221,7 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
     if (sb_claim_state(receipt) != SB_CLAIM_HELD || sb_claim_holder(receipt) != slot + 1) {
         return SB_GONE;
     }
+    const uint64_t life = sb_load(&sb_claims_at(r, table)->state);
     for (int spin = 0; spin < SPINS; spin++) {
         if (find_place(r, table, offset, place) != SB_OK) {
             return SB_GONE;
@@ -215,7 +234,7 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
             continue; /* look in the overflow table */
         }
         uint64_t w = stored ^ place->binding;
-        if (sb_claim_left_window(r, w, offset)) { /* its entry is whole, though the base may not be behind it yet */
+        if (sb_claim_left_window(r, life, w, offset)) { /* its entry is whole, though the base may not be behind it yet */
             if (sb_overflow_find(r, table, offset, place) != SB_OK) {
                 return SB_GONE;
             }
@@ -233,7 +252,8 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
 int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
 {
     sb_place place;
-    uint64_t acked = sb_claim_word(SB_CLAIM_ACKED, 0, sb_claim_attempts(receipt), sb_claim_generation(receipt), sb_claim_lap(r, offset));
+    uint32_t lap = sb_claim_lap(r, sb_load(&sb_claims_at(r, table)->state), offset);
+    uint64_t acked = sb_claim_word(SB_CLAIM_ACKED, 0, sb_claim_attempts(receipt), sb_claim_generation(receipt), lap);
     int code = change(r, table, offset, receipt, slot, acked, &place);
     if (code != SB_OK) {
         return code;
@@ -248,7 +268,8 @@ int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt
 static int give_back(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t attempts)
 {
     sb_place place;
-    uint64_t freed = sb_claim_word(SB_CLAIM_FREE, 0, attempts, sb_claim_generation(receipt), sb_claim_lap(r, offset));
+    uint32_t lap = sb_claim_lap(r, sb_load(&sb_claims_at(r, table)->state), offset);
+    uint64_t freed = sb_claim_word(SB_CLAIM_FREE, 0, attempts, sb_claim_generation(receipt), lap);
     int code = change(r, table, offset, receipt, slot, freed, &place);
     if (code == SB_OK) {
         sb_store(&sb_claims_at(r, table)->released, 1);

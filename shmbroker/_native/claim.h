@@ -5,6 +5,10 @@
  * another offset (the same place, one lap later): a FREE or ACKED word carries its lap, and a receipt is the whole HELD
  * word, whose generation moves with every claim of that place.
  *
+ * When its topic or group is deleted, a table is free for another group and queue. Its life, from being made to being given
+ * up, is named by the state word in it. A slow process says which life it means, and hits no word of a later one: the lap
+ * differs, and generations go on.
+ *
  * A claim older than the window lies in the overflow table. There the word is bound to its table and offset (see
  * sb_claim_binding), so that it cannot be mistaken for another's when the entry is used again.
  */
@@ -47,15 +51,26 @@ static inline sb_word *sb_claim_place(const sb_region *r, sb_claims *c, uint64_t
 {
     return &c->word[offset & (r->limits.claim_window - 1u)];
 }
-static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t offset)
+static inline uint64_t sb_claims_life(uint32_t slot_state, uint64_t incarnation) { return incarnation << 8 | slot_state; }
+static inline int sb_claims_is_live(uint64_t life) { return (life & 0xffu) == SB_SLOT_LIVE; }
+static inline uint64_t sb_claims_incarnation(uint64_t life) { return life >> 8; }
+static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t life, uint64_t offset)
 {
-    return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window));
+    return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window)) ^ (uint32_t)sb_claims_incarnation(life) * 0x9e3779b1u;
 }
+/* sb_claims.next, so that a slow process does not move the hint of a later life. 52 bits are enough for any offset. */
+#define SB_CLAIMS_NEXT_LIFE 0xfffull
+static inline uint64_t sb_claims_next_word(uint64_t life, uint64_t offset)
+{
+    return offset << 12 | (sb_claims_incarnation(life) & SB_CLAIMS_NEXT_LIFE);
+}
+static inline uint64_t sb_claims_next_offset(const sb_claims *c) { return sb_load(&c->next) >> 12; }
 /* The window's word says that the claim of `offset` lies in the overflow table, or that the base is passing it. */
 static inline int sb_claim_is_moved(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_MOVING && sb_claim_holder(w) == SB_CLAIM_MOVED; }
-static inline int sb_claim_left_window(const sb_region *r, uint64_t w, uint64_t offset)
+static inline int sb_claim_left_window(const sb_region *r, uint64_t life, uint64_t w, uint64_t offset)
 {
-    return sb_claim_is_moved(w) || (sb_claim_state(w) == SB_CLAIM_FREE && sb_claim_deadline(w) == sb_claim_lap(r, offset) + 1u);
+    return sb_claim_is_moved(w) ||
+           (sb_claim_state(w) == SB_CLAIM_FREE && sb_claim_deadline(w) == sb_claim_lap(r, life, offset + r->limits.claim_window));
 }
 /* Xor of this over an overflow entry's claim word: no two offsets of a table, nor two tables at one offset, share it. */
 static inline uint64_t sb_claim_binding(uint32_t table, uint64_t offset)
@@ -73,9 +88,11 @@ typedef struct {
 int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created);
 /* The tables of a group in all queues of one topic, at one moment under the definition lock. Those that are new begin at
  * the first message that the log has; from_last: behind the last, if the group has never consumed the topic before (queues
- * added later are consumed from their first message). */
+ * added later are consumed from their first message). lives: theirs. */
 int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
-                         uint32_t *tables);
+                         uint32_t *tables, uint64_t *lives);
+/* Its topic or group is deleted: the table is free for others, unless this life of it is over already. */
+void sb_claims_give_up(sb_claims *c, uint64_t life);
 /* All words FREE, no overflow entries, base and next at `base`. Nobody may use the table meanwhile. */
 void sb_claims_format(sb_region *r, uint32_t table, uint64_t base);
 /* Only look. SB_OK | SB_NOT_FOUND. */
@@ -83,10 +100,11 @@ int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t 
 
 /* Claim `offset` (known to hold a visible message) for client slot `slot` until `deadline_ms` (0: no deadline). The
  * attempts of the result count this delivery. SB_OK | SB_LOST: somebody else has it or had it | SB_NO_SPACE: beyond the
- * window. `now_ms`: an expired claim is taken over. */
-int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms, sb_claim *claim);
-/* Straight to ACKED, without a delivery: a filtered-out message. SB_OK | SB_LOST | SB_NO_SPACE. */
-int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset);
+ * window | SB_GONE: this life of the table is over. `now_ms`: an expired claim is taken over. */
+int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
+                  sb_claim *claim);
+/* Straight to ACKED, without a delivery: a filtered-out message. SB_OK | SB_LOST | SB_NO_SPACE | SB_GONE. */
+int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset);
 /* Offsets that were claimed before and can be had again (released or expired), oldest first, at most `count`. Costs two
  * loads when there are none. Overflow included. */
 uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count);
@@ -96,7 +114,7 @@ void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms);
 /* Take the hint down if its time has come: it is returned, and the caller looks at all claims that are held. 0: not yet. */
 uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms);
 /* Hint: next >= offset from now on. deadline_ms: of the claims that the caller took on the way (0: none). */
-void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms);
+void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms);
 /* Where a search for fresh messages begins. */
 uint64_t sb_claim_next(const sb_region *r, uint32_t table);
 
@@ -113,8 +131,10 @@ int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t rec
  * after each run of acks. */
 void sb_claim_base(sb_region *r, uint32_t table);
 /* The window ends before `wanted`: move its oldest unacked claims to the overflow table. SB_OK: there is room now |
- * SB_TABLE_FULL | SB_LOCKED: another process is at it (or was stopped at it), call again. */
-int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted);
+ * SB_TABLE_FULL | SB_LOCKED: another process is at it (or was stopped at it), call again | SB_GONE: this life is over. */
+int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t life, uint64_t wanted);
+/* Try the claim lock, and finish what a dead holder left: SB_OK | SB_LOCKED | SB_BROKEN */
+int sb_claims_try_lock(sb_region *r, uint32_t table);
 
 /* Janitor. Both set the hints that make receivers look; the caller wakes the group where the answer is not 0. */
 uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot); /* give back all claims of a dead slot */

@@ -7,6 +7,7 @@
 void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
 {
     sb_claims *c = sb_claims_at(r, table);
+    const uint64_t life = sb_load(&c->state);
     uint64_t offset;
     sb_place place;
     for (uint32_t i = 0; i < r->limits.overflow_claims; i++) {
@@ -16,11 +17,11 @@ void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
     }
     for (uint64_t o = base; o < base + r->limits.claim_window; o++) {
         sb_word *word = sb_claim_place(r, c, o);
-        sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, o)));
+        sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, life, o)));
     }
     sb_store(&c->base, base);
     sb_store(&c->pending_base, base);
-    sb_store(&c->next, base);
+    sb_store(&c->next, sb_claims_next_word(life, base));
 }
 
 int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t *table)
@@ -32,7 +33,7 @@ int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t 
     const sb_queue *q = sb_queue_at(r, queue);
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         const sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == g->group_id && c->topic_id == q->topic_id && c->queue_id == q->queue_id) {
+        if (sb_claims_is_live(sb_load(&c->state)) && c->group_id == g->group_id && c->topic_id == q->topic_id && c->queue_id == q->queue_id) {
             *table = i;
             return SB_OK;
         }
@@ -40,14 +41,26 @@ int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t 
     return SB_NOT_FOUND;
 }
 
-/* Under the definition lock. State is stored last: a kill before it leaves a free slot, formatted anew by the next. */
+void sb_claims_give_up(sb_claims *c, uint64_t life)
+{
+    if (sb_claims_is_live(life)) {
+        (void)sb_cas(&c->state, &life, sb_claims_life(SB_SLOT_FREE, sb_claims_incarnation(life)));
+    }
+}
+
+/* Under the definition lock. The claim lock keeps those out who are moving a base of the last life: where one of them was
+ * stopped, another table is taken. The new life begins before the first word changes, and is LIVE behind the last: a kill in
+ * between leaves a free table, formatted anew by the next. */
 static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table)
 {
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE) {
+        if (sb_claims_is_live(sb_load(&c->state)) || sb_claims_try_lock(r, i) != SB_OK) {
             continue;
         }
+        const uint64_t incarnation = sb_claims_incarnation(sb_load(&c->state)) + 1;
+        sb_store(&c->state, sb_claims_life(SB_SLOT_FREE, incarnation));
+        sb_fence();
         c->group_slot = group;
         c->queue_slot = queue;
         c->group_id = sb_group_at(r, group)->group_id;
@@ -60,7 +73,8 @@ static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, u
         }
         sb_store(&c->recorded, ~0ull); /* never written to the log */
         sb_claims_format(r, i, base);
-        sb_store(&c->state, SB_SLOT_LIVE);
+        sb_store(&c->state, sb_claims_life(SB_SLOT_LIVE, incarnation));
+        sb_mutex_unlock(&c->lock);
         *table = i;
         return SB_OK;
     }
@@ -99,7 +113,7 @@ static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
 {
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         const sb_claims *c = sb_claims_at(r, i);
-        if (sb_load(&c->state) == SB_SLOT_LIVE && c->group_id == group_id && c->topic_id == topic_id) {
+        if (sb_claims_is_live(sb_load(&c->state)) && c->group_id == group_id && c->topic_id == topic_id) {
             return 1;
         }
     }
@@ -107,7 +121,7 @@ static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
 }
 
 int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
-                         uint32_t *tables)
+                         uint32_t *tables, uint64_t *lives)
 {
     if (group >= r->limits.groups || count == 0 || count > SB_QUEUES_PER_TOPIC_MAX) {
         return SB_INVALID;
@@ -127,6 +141,7 @@ int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, u
     for (uint32_t i = 0; i < count && code == SB_OK; i++) {
         int created;
         code = find_or_create(r, group, queues[i], base[i], &tables[i], &created);
+        lives[i] = code == SB_OK ? sb_load(&sb_claims_at(r, tables[i])->state) : 0;
     }
     sb_definition_unlock(r);
     return code;

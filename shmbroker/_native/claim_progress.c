@@ -40,14 +40,14 @@ static uint64_t overflow_claim(const sb_place *place)
 
 /* The claim of an offset whose word in the window is no longer about it, because the base is passing or has passed it:
  * it lies in the overflow table, or it is acked. */
-static uint64_t claim_behind(const sb_region *r, uint32_t table, uint64_t offset)
+static uint64_t claim_behind(const sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
 {
     sb_place place;
     uint64_t w = SB_CLAIM_ACKED;
     if (sb_load(&sb_claims_at(r, table)->overflowed) && sb_overflow_find(r, table, offset, &place) == SB_OK) {
         w = overflow_claim(&place);
     }
-    return sb_claim_state(w) == SB_CLAIM_ACKED ? sb_claim_word(SB_CLAIM_ACKED, 0, 0, 0, sb_claim_lap(r, offset)) : w;
+    return sb_claim_state(w) == SB_CLAIM_ACKED ? sb_claim_word(SB_CLAIM_ACKED, 0, 0, 0, sb_claim_lap(r, life, offset)) : w;
 }
 
 /* Others claim, ack and move the base meanwhile. What was acked before this was called is called acked, whatever they
@@ -57,7 +57,7 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
 {
     sb_claims *c = sb_claims_at(r, table);
     run_list list = {.run = runs, .room = room};
-    const uint64_t base = sb_load(&c->base);
+    const uint64_t life = sb_load(&c->state), base = sb_load(&c->base);
     uint64_t offset;
     sb_place place;
     *base_out = base;
@@ -82,11 +82,11 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
     }
     for (offset = base; offset < base + r->limits.claim_window; offset++) {
         uint64_t w = sb_load(sb_claim_place(r, c, offset));
-        if (sb_claim_left_window(r, w, offset) || sb_load(&c->base) > offset) {
-            w = claim_behind(r, table, offset);
+        if (sb_claim_left_window(r, life, w, offset) || sb_load(&c->base) > offset) {
+            w = claim_behind(r, table, life, offset);
         }
         if (sb_claim_state(w) == SB_CLAIM_ACKED) {
-            if (sb_claim_deadline(w) == sb_claim_lap(r, offset)) { /* not of the next lap */
+            if (sb_claim_deadline(w) == sb_claim_lap(r, life, offset)) { /* not of the next lap */
                 add(&sorted, offset, 0, SB_RUN_ACKED);
             }
         } else if (sb_claim_attempts(w)) {
@@ -150,11 +150,11 @@ static uint32_t says_attempts(const sb_progress *p, const sb_progress_run *runs,
     return run && run->kind == SB_RUN_UNACKED ? run->attempts : 0;
 }
 
-static uint64_t free_word(const sb_region *r, uint64_t offset, uint32_t attempts, uint64_t before)
+static uint64_t free_word(const sb_region *r, const sb_claims *c, uint64_t offset, uint32_t attempts, uint64_t before)
 {
     attempts = attempts > sb_claim_attempts(before) ? attempts : sb_claim_attempts(before);
     return sb_claim_word(SB_CLAIM_FREE, 0, attempts < SB_CLAIM_ATTEMPTS_MAX ? attempts : SB_CLAIM_ATTEMPTS_MAX,
-                         sb_claim_generation(before), sb_claim_lap(r, offset));
+                         sb_claim_generation(before), sb_claim_lap(r, sb_load(&c->state), offset));
 }
 
 static int put_overflow(sb_region *r, uint32_t table, uint64_t offset, uint32_t attempts, uint64_t before)
@@ -165,7 +165,7 @@ static int put_overflow(sb_region *r, uint32_t table, uint64_t offset, uint32_t 
     }
     sb_overflow *e = sb_overflow_at(r, i);
     sb_store(&e->offset, offset);
-    sb_store(&e->claim, free_word(r, offset, attempts, before) ^ sb_claim_binding(table, offset));
+    sb_store(&e->claim, free_word(r, sb_claims_at(r, table), offset, attempts, before) ^ sb_claim_binding(table, offset));
     sb_overflow_publish(r, table, i);
     sb_store(&sb_claims_at(r, table)->moving_slot, 0);
     return SB_OK;
@@ -190,7 +190,7 @@ static int runs_in_order(const sb_progress *p, const sb_progress_run *runs)
 static int raise_base(sb_region *r, uint32_t table, const sb_progress *p, const sb_progress_run *runs, int fresh)
 {
     sb_claims *c = sb_claims_at(r, table);
-    const uint64_t old = sb_load(&c->base), old_end = old + r->limits.claim_window;
+    const uint64_t life = sb_load(&c->state), old = sb_load(&c->base), old_end = old + r->limits.claim_window;
     int code = SB_OK;
     for (uint32_t i = 0; i < p->run_count && code == SB_OK; i++) {
         uint64_t end = runs[i].first + runs[i].count;
@@ -204,7 +204,7 @@ static int raise_base(sb_region *r, uint32_t table, const sb_progress *p, const 
     for (uint64_t o = p->base; o < p->base + r->limits.claim_window; o++) {
         if (o >= old_end) {
             sb_word *word = sb_claim_place(r, c, o);
-            sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, o)));
+            sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, life, o)));
         }
     }
     sb_store(&c->pending_base, p->base);
@@ -224,7 +224,7 @@ static void merge_overflow(sb_region *r, uint32_t table, const sb_progress *p, c
             sb_overflow_free(r, table, &place);
         } else {
             uint64_t w = sb_load(place.word) ^ place.binding;
-            sb_store(place.word, free_word(r, offset, says_attempts(p, runs, offset), w) ^ place.binding);
+            sb_store(place.word, free_word(r, sb_claims_at(r, table), offset, says_attempts(p, runs, offset), w) ^ place.binding);
         }
     }
 }
@@ -253,12 +253,12 @@ int sb_claims_merge(sb_region *r, uint32_t table, int created, const sb_progress
             sb_word *word = sb_claim_place(r, c, o);
             uint64_t w = sb_load(word);
             if (sb_claim_state(w) != SB_CLAIM_ACKED) {
-                uint64_t unacked = free_word(r, o, runs[i].attempts, w);
+                uint64_t unacked = free_word(r, c, o, runs[i].attempts, w);
                 sb_store(word, runs[i].kind == SB_RUN_ACKED ? unacked | SB_CLAIM_ACKED : unacked);
             }
         }
     }
-    sb_store(&c->next, base);
+    sb_store(&c->next, sb_claims_next_word(sb_load(&c->state), base));
     sb_store(&c->released, 1);
     sb_claim_base(r, table);
     return code;

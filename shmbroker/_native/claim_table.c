@@ -16,11 +16,12 @@ static int is_passable(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_ACKED 
 /* Finish [base, pending_base): twice does no harm, a word of the next lap is left alone. */
 static void reset_words(const sb_region *r, sb_claims *c, uint64_t base, uint64_t end)
 {
+    const uint64_t life = sb_load(&c->state);
     for (uint64_t o = base; o < end; o++) {
         sb_word *word = sb_claim_place(r, c, o);
         uint64_t w = sb_load(word);
         if (is_passable(w)) {
-            sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(w), sb_claim_lap(r, o) + 1));
+            sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(w), sb_claim_lap(r, life, o + r->limits.claim_window)));
         }
         if (o == base) {
             SB_FAILPOINT(claim_half_reset); /* some words are of the next lap, beyond the old base's window: nobody takes them */
@@ -64,7 +65,7 @@ static void repair(sb_region *r, uint32_t table)
     }
 }
 
-static int try_lock(sb_region *r, uint32_t table)
+int sb_claims_try_lock(sb_region *r, uint32_t table)
 {
     sb_claims *c = sb_claims_at(r, table);
     int code = sb_mutex_try(&c->lock);
@@ -84,7 +85,7 @@ void sb_claim_base(sb_region *r, uint32_t table)
         sb_fence();
         uint64_t base = sb_load(&c->base);
         int work = is_passable(sb_load(sb_claim_place(r, c, base))) || sb_load(&c->pending_base) > base || sb_load(&c->moving_slot);
-        if (!work || try_lock(r, table) != SB_OK) {
+        if (!work || sb_claims_try_lock(r, table) != SB_OK) {
             return;
         }
         int moved = move_base(r, c);
@@ -110,7 +111,7 @@ static int move_oldest(sb_region *r, uint32_t table)
     sb_claims *c = sb_claims_at(r, table);
     uint64_t base = sb_load(&c->base);
     sb_word *word = sb_claim_place(r, c, base);
-    uint32_t i;
+    uint32_t i, lap = sb_claim_lap(r, sb_load(&c->state), base);
     if (sb_overflow_reserve(r, table, base, &i) != SB_OK) {
         return SB_TABLE_FULL;
     }
@@ -129,7 +130,7 @@ static int move_oldest(sb_region *r, uint32_t table)
             return SB_LOCKED;
         }
         sb_store(&e->claim, w ^ sb_claim_binding(table, base));
-        uint64_t marked = sb_claim_word(SB_CLAIM_MOVING, SB_CLAIM_MOVED, sb_claim_attempts(w), sb_claim_generation(w), sb_claim_lap(r, base));
+        uint64_t marked = sb_claim_word(SB_CLAIM_MOVING, SB_CLAIM_MOVED, sb_claim_attempts(w), sb_claim_generation(w), lap);
         if (sb_cas(word, &w, marked)) {
             SB_FAILPOINT(claim_moving); /* the entry is whole, who looks for this offset finds it: repair publishes it */
             sb_overflow_publish(r, table, i);
@@ -143,12 +144,16 @@ static int move_oldest(sb_region *r, uint32_t table)
     return SB_OK;
 }
 
-int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
+int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t life, uint64_t wanted)
 {
     sb_claims *c = sb_claims_at(r, table);
-    int code = try_lock(r, table);
+    int code = sb_claims_try_lock(r, table);
     if (code != SB_OK) {
         return code;
+    }
+    if (sb_load(&c->state) != life) { /* and none begins while the lock is held */
+        sb_mutex_unlock(&c->lock);
+        return SB_GONE;
     }
     (void)move_base(r, c);
     for (uint32_t n = 0; n < MOVES_MAX; n++) {
@@ -171,9 +176,9 @@ int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
 
 /* ---- janitor ------------------------------------------------------------------------------------------------- */
 
-static uint64_t freed(const sb_region *r, uint64_t held, uint64_t offset)
+static uint64_t freed(const sb_region *r, uint64_t life, uint64_t held, uint64_t offset)
 {
-    return sb_claim_word(SB_CLAIM_FREE, 0, sb_claim_attempts(held), sb_claim_generation(held), sb_claim_lap(r, offset));
+    return sb_claim_word(SB_CLAIM_FREE, 0, sb_claim_attempts(held), sb_claim_generation(held), sb_claim_lap(r, life, offset));
 }
 
 /* What a walk over all words of a table looks for, and what it saw. */
@@ -189,19 +194,20 @@ static void visit(const sb_region *r, uint32_t table, uint64_t offset, const sb_
 {
     const sb_claims *c = sb_claims_at(r, table);
     uint64_t stored = sb_load(place->word), w = stored ^ place->binding;
-    if (!place->entry && sb_load(&c->base) > offset) {
-        return; /* the word is of the next lap already */
+    const uint64_t life = sb_load(&c->state); /* behind the word: of the life that the word is of, or of one that overwrites it */
+    if (!place->entry && offset - sb_load(&c->base) >= r->limits.claim_window) {
+        return; /* the word is of the next lap already, or of another life of the table */
     }
     switch (sb_claim_state(w)) {
     case SB_CLAIM_HELD:
         if ((v->slot != SB_NIL && sb_claim_holder(w) == v->slot + 1) || (v->expire && sb_claim_expired(w, v->now_ms))) {
-            v->given_back += (uint32_t)sb_cas(place->word, &stored, freed(r, w, offset) ^ place->binding);
+            v->given_back += (uint32_t)sb_cas(place->word, &stored, freed(r, life, w, offset) ^ place->binding);
         } else if (sb_claim_deadline(w) && (!v->earliest || (int32_t)(sb_claim_deadline(w) - v->earliest) < 0)) {
             v->earliest = sb_claim_deadline(w);
         }
         break;
     case SB_CLAIM_FREE:
-        v->claimable += sb_claim_deadline(w) == sb_claim_lap(r, offset) && (place->entry || offset < sb_load(&c->next));
+        v->claimable += sb_claim_deadline(w) == sb_claim_lap(r, life, offset) && (place->entry || offset < sb_claims_next_offset(c));
         break;
     case SB_CLAIM_ACKED:
         if (place->entry) {
@@ -249,7 +255,7 @@ static void put_up_hints(sb_claims *c, const walk *v)
 uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
 {
     sb_claims *c = sb_claims_at(r, table);
-    if (sb_load(&c->state) != SB_SLOT_LIVE) {
+    if (!sb_claims_is_live(sb_load(&c->state))) {
         return 0;
     }
     sb_claim_base(r, table);
@@ -263,7 +269,7 @@ uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int tho
 {
     sb_claims *c = sb_claims_at(r, table);
     *next_ms = SB_NIL;
-    if (sb_load(&c->state) != SB_SLOT_LIVE) {
+    if (!sb_claims_is_live(sb_load(&c->state))) {
         return 0;
     }
     walk v = {.slot = SB_NIL, .now_ms = now_ms, .expire = 1};
@@ -282,7 +288,7 @@ uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int tho
 int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
 {
     const sb_claims *c = sb_claims_at(r, table);
-    if (sb_load(&c->state) != SB_SLOT_LIVE || c->queue_slot >= r->limits.queues) {
+    if (!sb_claims_is_live(sb_load(&c->state)) || c->queue_slot >= r->limits.queues) {
         return 0;
     }
     uint64_t next = sb_claim_next(r, table), base = sb_load(&c->base), hint = sb_load(&c->deadline_ms);

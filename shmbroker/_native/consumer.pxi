@@ -275,7 +275,7 @@ cdef class ConsumerCore(_Member):
             source = message.source
             if source.table not in bodies and source.client is self.client and source.is_current(r):
                 bodies[source.table] = progress_body(r, source.table)
-        return list(bodies.values())
+        return [body for body in bodies.values() if body is not None]
 
     cdef int acked(self, sb_region *r, _Source source, uint32_t count) except -1:
         if count:

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "claim.h"
 #include "membership.h"
 #include "record.h"
 
@@ -239,8 +240,8 @@ static void free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
 {
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
-        if (sb_load(&claims->state) == SB_SLOT_LIVE && (claims->topic_id == topic_id || claims->group_id == group_id)) {
-            sb_store(&claims->state, SB_SLOT_FREE);
+        if (claims->topic_id == topic_id || claims->group_id == group_id) {
+            sb_claims_give_up(claims, sb_load(&claims->state));
         }
     }
 }

@@ -17,6 +17,7 @@
     X(wait_flagged, "wait.flagged")               /* wait slot says WAITING, not asleep */                            \
     X(wait_woken, "wait.woken")                   /* semaphore taken, nothing claimed */                              \
     X(wake_claimed, "wake.claimed")               /* POSTED by CAS, sem_post not made */                              \
+    X(claim_chosen, "claim.chosen")               /* word looked at, not changed */                                   \
     X(claim_taken, "claim.taken")                 /* word HELD, caller not told */                                    \
     X(claim_acked, "claim.acked")                 /* word ACKED, base not moved */                                    \
     X(claim_pending, "claim.pending")             /* pending_base stored */                                           \

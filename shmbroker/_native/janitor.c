@@ -63,7 +63,7 @@ static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group)
     uint32_t released = 0;
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
-        if (sb_load(&claims->state) != SB_SLOT_LIVE || (group != SB_NIL && claims->group_slot != group)) {
+        if (!sb_claims_is_live(sb_load(&claims->state)) || (group != SB_NIL && claims->group_slot != group)) {
             continue;
         }
         released += sb_claims_reap(r, i, slot);
@@ -123,18 +123,19 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expi
     (void)sb_append_lock_check(r);
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
-        if (sb_load(&claims->state) != SB_SLOT_LIVE || claims->queue_slot >= r->limits.queues) {
+        const uint64_t life = sb_load(&claims->state);
+        if (!sb_claims_is_live(life) || claims->queue_slot >= r->limits.queues) {
             continue;
         }
         const int thorough = i % TURNS == turn % TURNS;
         if (thorough && is_orphan(r, claims)) {
-            sb_store(&claims->state, SB_SLOT_FREE); /* who deleted its topic or group died before it came to this */
+            sb_claims_give_up(claims, life); /* who deleted its topic or group died before it came to this */
             continue;
         }
         uint32_t next = SB_NIL;
         *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), thorough, &next);
         *next_ms = next < *next_ms ? next : *next_ms;
-        if (sb_load(&claims->released) || sb_load(&claims->next) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
+        if (sb_load(&claims->released) || sb_claim_next(r, i) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
             wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
         }
     }

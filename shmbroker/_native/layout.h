@@ -310,15 +310,15 @@ typedef struct {
 
 /* Claims of one group in one queue (R9).
  * word, from the lowest bit: state 2 | slot + 1: 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
- *   FREE: nobody has it; the deadline field holds the lap (offset / window), so that a late claimer cannot take the
- *         word for another offset. HELD: claimed by `slot` until `deadline` (0: prefetched, no deadline).
+ *   FREE: nobody has it; the deadline field holds the lap (offset / window, with the table's incarnation folded in), so that
+ *         a late claimer cannot take the word for another offset, or for one of another group or queue. HELD: claimed by `slot` until `deadline` (0: prefetched, no deadline).
  *   MOVING: an append decides about it, nobody else may change it; with slot field 0xfff: the claim went to the overflow
  *         table. ACKED: done, the deadline field holds the lap; the base may pass it.
  */
 typedef struct {
-    _Alignas(SB_LINE) pthread_mutex_t lock; /* robust; only for moving the base, by try-lock */
-    sb_word state;                          /* enum sb_slot_state */
-    uint32_t group_slot;
+    _Alignas(SB_LINE) pthread_mutex_t lock; /* robust; by try-lock, for moving the base and for making the table anew */
+    sb_word state; /* enum sb_slot_state | incarnation << 8. Made under the definition lock and the claim lock */
+    uint32_t group_slot; /* these five: written before state is LIVE */
     uint32_t queue_slot;
     uint32_t group_id;
     uint32_t topic_id;
@@ -326,7 +326,7 @@ typedef struct {
     uint32_t reserved;
     _Alignas(SB_LINE) sb_word base; /* claim lock. All before it are acked or in the overflow table. SYNC: base */
     sb_word pending_base;           /* claim lock: being reset up to here (repair) */
-    sb_word next;                   /* hint: first offset never claimed; only grows, by CAS */
+    sb_word next;                   /* hint: first offset never claimed << 12 | incarnation's last 12 bits; grows, by CAS */
     sb_word released;               /* hint: some words below next are FREE */
     sb_word deadline_ms;            /* hint: earliest deadline, 0 none */
     sb_word reset_generation;       /* R14 */

@@ -133,42 +133,38 @@ cdef class _Member(_QueueReader):
         return 0
 
     cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, list sources) except -1:
-        cdef uint32_t *tables = <uint32_t *>malloc(route.count * sizeof(uint32_t))
+        cdef uint32_t tables[SB_QUEUES_PER_TOPIC_MAX]
+        cdef uint64_t lives[SB_QUEUES_PER_TOPIC_MAX]
         cdef uint32_t group = self.group_slot, i
         cdef int code, from_last = self.from_last
         cdef _Source source
-        if tables == NULL:
-            raise MemoryError
-        try:
-            with nogil:
-                code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
-                                            tables)
-            if code == SB_TABLE_FULL:
-                raise _errors.LimitReached(
-                    f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
-                    f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
-            if code != SB_OK:
-                raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
-            for i in range(route.count):
-                source = known.get((route.topic_id, i))
-                if source is None:
-                    source = self.make_source(r, route, i, tables[i])
-                source.filter = tag_filter
-                sources.append(source)
-        finally:
-            free(tables)
+        with nogil:
+            code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
+                                        tables, lives)
+        if code == SB_TABLE_FULL:
+            raise _errors.LimitReached(
+                f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
+                f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
+        if code != SB_OK:
+            raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
+        for i in range(route.count):
+            source = known.get((route.topic_id, i))
+            if source is None:
+                source = self.make_source(r, route, i, tables[i], lives[i])
+            source.filter = tag_filter
+            sources.append(source)
         return 0
 
-    cdef _Source make_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, uint32_t table):
+    cdef _Source make_source(self, sb_region *r, TopicRoute route, uint32_t queue_id, uint32_t table, uint64_t life):
         cdef _Source source = _Source.__new__(_Source)
         source.client = self.client
         source.group = self.group
         source.topic = route.name
         source.table = table
+        source.life = life
         source.group_slot = self.group_slot
         source.queue_slot = route.slots[queue_id]
         source.topic_slot = sb_queue_at(r, source.queue_slot).topic_slot
-        source.group_id = sb_group_at(r, self.group_slot).group_id
         source.topic_id = route.topic_id
         source.queue_id = queue_id
         source.cursor.block = SB_NIL

@@ -23,7 +23,6 @@ cdef extern from "claim.h" nogil:
         uint32_t topic_id
         uint32_t queue_id
         sb_word base
-        sb_word next
         sb_word deadline_ms
         sb_word reset_generation
         sb_word delivered
@@ -34,6 +33,8 @@ cdef extern from "claim.h" nogil:
     enum:
         SB_PROGRESS_VERSION
         SB_RUN_ACKED
+    bint sb_claims_is_live(uint64_t life)
+    uint64_t sb_claims_next_offset(const sb_claims *c)
     sb_claims *sb_claims_at(const sb_region *r, uint32_t i)
     int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table,
                        int *created)
@@ -45,11 +46,14 @@ cdef uint64_t NEVER_RECORDED = 0xffffffffffffffff
 
 
 cdef bytes progress_body(sb_region *r, uint32_t table):
-    """One table's PROGRESS body."""
+    """One table's PROGRESS body; None if it is nobody's, or was given to another group or queue while we looked."""
     cdef sb_claims *c = sb_claims_at(r, table)
+    cdef uint64_t life = sb_load(&c.state)
     cdef sb_progress progress
     cdef uint32_t room = 16, count
     cdef bytes body
+    if not sb_claims_is_live(life):
+        return None
     memset(&progress, 0, sizeof(progress))
     progress.group_id = c.group_id
     progress.topic_id = c.topic_id
@@ -60,6 +64,8 @@ cdef bytes progress_body(sb_region *r, uint32_t table):
         body = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(sizeof(sb_progress) + room * sizeof(sb_progress_run)))
         count = sb_claims_runs(r, table, &progress.base,
                                <sb_progress_run *>(PyBytes_AS_STRING(body) + sizeof(sb_progress)), room)
+        if sb_load_last(&c.state) != life:
+            return None
         if count <= room:
             progress.run_count = count
             memcpy(PyBytes_AS_STRING(body), &progress, sizeof(progress))
@@ -77,10 +83,9 @@ cdef list progress_bodies(sb_region *r, bint only_changed):
     cdef bytes body
     cdef list bodies = []
     for i in range(r.limits.claim_tables):
-        if sb_load(&sb_claims_at(r, i).state) == SB_SLOT_LIVE:
-            body = progress_body(r, i)
-            if not only_changed or sb_load(&sb_claims_at(r, i).recorded) != body_mark(body):
-                bodies.append(body)
+        body = progress_body(r, i)
+        if body is not None and not (only_changed and sb_load(&sb_claims_at(r, i).recorded) == body_mark(body)):
+            bodies.append(body)
     return bodies
 
 
@@ -93,7 +98,7 @@ cdef object progress_noted(sb_region *r, bodies):
         p = <const sb_progress *>PyBytes_AS_STRING(body)
         for i in range(r.limits.claim_tables):
             c = sb_claims_at(r, i)
-            if (sb_load(&c.state) == SB_SLOT_LIVE and c.group_id == p.group_id and c.topic_id == p.topic_id
+            if (sb_claims_is_live(sb_load(&c.state)) and c.group_id == p.group_id and c.topic_id == p.topic_id
                     and c.queue_id == p.queue_id):
                 sb_store(&c.recorded, body_mark(body))
 
@@ -127,10 +132,9 @@ cdef object merge_progress(sb_region *r, bytes body):
         raise code_error(r, code, "restoring progress")
 
 
-cdef dict progress_dict(sb_region *r, uint32_t table):
+cdef dict progress_dict(sb_region *r, uint32_t table, bytes body):
     """See Region.progress in _core.pyi."""
     cdef sb_claims *c = sb_claims_at(r, table)
-    cdef bytes body = progress_body(r, table)
     cdef const sb_progress *p = <const sb_progress *>PyBytes_AS_STRING(body)
     cdef const sb_progress_run *runs = <const sb_progress_run *>(PyBytes_AS_STRING(body) + sizeof(sb_progress))
     cdef sb_queue *queue = sb_queue_at(r, c.queue_slot)
@@ -150,7 +154,7 @@ cdef dict progress_dict(sb_region *r, uint32_t table):
     return {
         "group": sb_group_at(r, c.group_slot).name.decode("ascii", "replace"), "group_id": c.group_id,
         "topic": sb_topic_at(r, queue.topic_slot).name.decode("ascii", "replace"), "topic_id": c.topic_id,
-        "queue_id": c.queue_id, "table": table, "base": p.base, "next": max(sb_load(&c.next), p.base),
+        "queue_id": c.queue_id, "table": table, "base": p.base, "next": max(sb_claims_next_offset(c), p.base),
         "next_offset": sb_load(&queue.next_offset), "acked": acked, "attempts": attempts, "overflow": overflow,
         "held": held, "oldest_held": oldest if held else None, "oldest_holder": holder if held else None,
         "delivered": sb_load(&c.delivered), "redelivered": sb_load(&c.redelivered), "refused": sb_load(&c.refused),
@@ -160,4 +164,10 @@ cdef dict progress_dict(sb_region *r, uint32_t table):
 
 cdef list progress_tables(sb_region *r):
     cdef uint32_t i
-    return [progress_dict(r, i) for i in range(r.limits.claim_tables) if sb_load(&sb_claims_at(r, i).state) == SB_SLOT_LIVE]
+    cdef bytes body
+    cdef list tables = []
+    for i in range(r.limits.claim_tables):
+        body = progress_body(r, i)
+        if body is not None:
+            tables.append(progress_dict(r, i, body))
+    return tables

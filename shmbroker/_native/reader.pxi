@@ -12,6 +12,10 @@ ctypedef struct Look:
     sb_claim claim
     bint claimed  # `claim` is held for a message that is not among those found yet
 
+cdef inline bint stops(int code) noexcept:
+    """Nothing more can be claimed in this queue now; see ``claim``."""
+    return code == SB_NO_SPACE or code == SB_GONE
+
 cdef uint64_t visible_limit(sb_region *r) noexcept:
     """Messages before it may be delivered. Loaded before anything it limits (R8)."""
     cdef sb_watermarks *m = sb_marks(r)
@@ -62,23 +66,24 @@ cdef class _QueueReader:
     # -- one message
 
     cdef int claim(self, sb_region *r, _Source source, uint64_t offset, Look *look) noexcept:
-        """SB_OK, SB_LOST, or SB_NO_SPACE: window and overflow table are full of unacked claims (status names whose)."""
-        cdef uint32_t slot = self.client.slot
-        cdef int code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
+        """SB_OK, SB_LOST, or there is nothing to be had here now. SB_NO_SPACE: window and overflow table are full of unacked
+        claims (status names whose); SB_GONE: the topic or the group was deleted."""
+        cdef uint32_t table = source.table, slot = self.client.slot
+        cdef int code = sb_claim_take(r, table, source.life, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
         if code == SB_NO_SPACE:
-            if sb_claim_overflow(r, source.table, offset) == SB_OK:
-                code = sb_claim_take(r, source.table, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
+            if sb_claim_overflow(r, table, source.life, offset) == SB_OK:
+                code = sb_claim_take(r, table, source.life, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
             else:
-                sb_add(&sb_claims_at(r, source.table).refused, 1)
+                sb_add(&sb_claims_at(r, table).refused, 1)
         look.claimed = code == SB_OK
         return code
 
     cdef int skip(self, sb_region *r, _Source source, uint64_t offset) noexcept:
-        cdef int code = sb_claim_skip(r, source.table, offset)
+        cdef int code = sb_claim_skip(r, source.table, source.life, offset)
         if code == SB_NO_SPACE:
             sb_claim_base(r, source.table)
-            if sb_claim_overflow(r, source.table, offset) == SB_OK:
-                code = sb_claim_skip(r, source.table, offset)
+            if sb_claim_overflow(r, source.table, source.life, offset) == SB_OK:
+                code = sb_claim_skip(r, source.table, source.life, offset)
         return code
 
     cdef int accept(self, sb_region *r, _Source source, bytes record, sb_claim *claim, list out) except -1:
@@ -103,7 +108,7 @@ cdef class _QueueReader:
         return 0
 
     cdef int deliver(self, sb_region *r, _Source source, uint64_t offset, uint64_t position, Look *look, list out) except -100:
-        """Filter, claim, copy the message that index or consume queue place at ``position``. SB_NO_SPACE: stop."""
+        """Filter, claim, copy the message that index or consume queue place at ``position``. Answers as ``claim``."""
         cdef sb_record header
         cdef int code = sb_ring_peek(r, position, &header)
         cdef uint32_t size
@@ -114,13 +119,13 @@ cdef class _QueueReader:
         size = header.size if code == SB_OK else 0
         code = self.claim(r, source, offset, look)
         if code == SB_OK:
-            self.fetch(r, source, position, size, &look.claim, out)
+            code = self.fetch(r, source, position, size, &look.claim, out)
             look.claimed = False
         return code
 
-    cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, sb_claim *claim, list out) except -1:
+    cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, sb_claim *claim, list out) except -100:
         """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible
-        time is over; its neighbours are delivered."""
+        time is over; its neighbours are delivered. SB_OK or SB_GONE."""
         cdef bytes record = None
         cdef int code = SB_END
         if size:
@@ -134,16 +139,18 @@ cdef class _QueueReader:
             except _errors.CorruptLog as error:
                 self.corrupt = error
                 note_damage(r, position)
-                return 0
-        if record is None:
-            self.lose(r, source, claim)
-        elif source.has_message(record, claim.offset):
+                return SB_OK
+        if record is not None and source.has_message(record, claim.offset):
             self.accept(r, source, record, claim, out)
+        elif source.is_deleted(r):
+            return SB_GONE
+        elif record is None:
+            self.lose(r, source, claim)
         else:
             self.corrupt = _errors.CorruptLog(
                 f"the record at position {position} is not message {claim.offset} of queue {source.queue_id} of topic "
                 f"{source.topic!r}: `shmbroker log rebuild` compares the consume queue with the log", position=position)
-        return 0
+        return SB_OK
 
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
@@ -208,7 +215,7 @@ cdef class _QueueReader:
         cdef int code = SB_OK
         cdef Py_ssize_t want
         cdef bint alone = offset < sb_claim_next(r, source.table)  # a released one: only this
-        while len(out) < room and code != SB_NO_SPACE:
+        while len(out) < room and not stops(code):
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
             if code == SB_BEHIND or code == SB_AGAIN:  # left the index, or does not come to rest there: the files know
@@ -218,7 +225,7 @@ cdef class _QueueReader:
             elif code == SB_OK:
                 for i in range(found):
                     code = self.deliver(r, source, offset, positions[i], look, out)
-                    if code == SB_NO_SPACE:
+                    if stops(code):
                         break
                     offset += 1
                     if len(out) >= room:
@@ -228,7 +235,7 @@ cdef class _QueueReader:
             if alone:
                 break
         if offset > start and not alone:
-            sb_claim_advance(r, source.table, offset, look.deadline_ms)
+            sb_claim_advance(r, source.table, source.life, offset, look.deadline_ms)
         if source.filter is not None:
             sb_claim_base(r, source.table)
         return 0
@@ -250,7 +257,7 @@ cdef class _QueueReader:
                 continue
             if code == SB_OK:
                 code = self.deliver(r, source, offset[0], position, look, out)
-            if code == SB_END or code == SB_NO_SPACE:
+            if code == SB_END or stops(code):
                 return code
             offset[0] += 1
             want -= 1
@@ -275,15 +282,17 @@ cdef class _QueueReader:
         return SB_END
 
     cdef int pass_hole(self, sb_region *r, _Source source, uint64_t *offset) except -100:
-        """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE."""
+        """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE | SB_GONE."""
+        cdef int code
         found = self._next_offset(source.topic_id, source.queue_id, offset[0])
         if found is None or <uint64_t>found == offset[0]:
             source.entries = None  # it came while we looked, or is still to come
             self.stalled = found is None
             return SB_END if found is None else SB_OK
         while offset[0] < <uint64_t>found:
-            if self.skip(r, source, offset[0]) == SB_NO_SPACE:
-                return SB_NO_SPACE
+            code = self.skip(r, source, offset[0])
+            if stops(code):
+                return code
             offset[0] += 1
         return SB_OK
 
@@ -291,16 +300,16 @@ cdef class _QueueReader:
         """The log no longer has messages that the group is not known to have had: counted and said."""
         cdef uint64_t start = offset[0], lost = 0
         cdef int code = SB_OK
-        while offset[0] < first and code != SB_NO_SPACE:
+        while offset[0] < first and not stops(code):
             code = self.skip(r, source, offset[0])
-            if code != SB_NO_SPACE:
+            if not stops(code):
                 lost += code == SB_OK
                 offset[0] += 1
-        if lost:
+        if lost and not source.is_deleted(r):
             self.lost += lost
             self._report_lost(source.topic, source.queue_id, start, lost)
             sb_claim_base(r, source.table)
-        return SB_NO_SPACE if code == SB_NO_SPACE else SB_OK
+        return code if stops(code) else SB_OK
 
     cdef list collect(self, sb_region *r, Py_ssize_t room, uint32_t invisible_ms):
         cdef list out = []

@@ -6,21 +6,21 @@ cdef extern from "claim.h" nogil:
         uint64_t word
     uint32_t sb_claim_attempts(uint64_t word)
     uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
-    int sb_claim_take(sb_region *r, uint32_t table, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
-                      sb_claim *claim)
-    int sb_claim_skip(sb_region *r, uint32_t table, uint64_t offset)
+    int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms,
+                      uint32_t deadline_ms, sb_claim *claim)
+    int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
     uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
-    void sb_claim_advance(sb_region *r, uint32_t table, uint64_t offset, uint32_t deadline_ms)
+    void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms)
     uint64_t sb_claim_next(const sb_region *r, uint32_t table)
     int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
     int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms,
                        sb_claim *renewed)
     int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
     void sb_claim_base(sb_region *r, uint32_t table)
-    int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t wanted)
+    int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t life, uint64_t wanted)
     int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
     int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last,
-                             int64_t deadline_ns, uint32_t *tables)
+                             int64_t deadline_ns, uint32_t *tables, uint64_t *lives)
 
 cdef extern from "queue_index.h" nogil:
     ctypedef struct sb_cursor:
@@ -67,7 +67,8 @@ cdef class _Source:
     cdef str group
     cdef str topic
     cdef uint32_t group_slot, topic_slot, queue_slot, table
-    cdef uint32_t group_id, topic_id, queue_id
+    cdef uint64_t life  # of the table: what its state word says as long as it is this group's and queue's
+    cdef uint32_t topic_id, queue_id
     cdef sb_cursor cursor
     cdef _TagFilter filter  # None: every message
     cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
@@ -75,9 +76,12 @@ cdef class _Source:
 
     cdef inline bint is_current(self, sb_region *r) noexcept:
         """The table still belongs to this group and queue; it is given to others when one of them is deleted."""
-        cdef sb_claims *c = sb_claims_at(r, self.table)
-        return (sb_load(&c.state) == SB_SLOT_LIVE and c.group_id == self.group_id and c.topic_id == self.topic_id
-                and c.queue_id == self.queue_id)
+        return sb_load(&sb_claims_at(r, self.table).state) == self.life
+
+    cdef bint is_deleted(self, sb_region *r) noexcept:
+        """The topic has gone, though nobody may have given up the table yet; then the index is perhaps another topic's."""
+        cdef sb_queue *queue = sb_queue_at(r, self.queue_slot)
+        return sb_load(&queue.state) != SB_SLOT_LIVE or queue.topic_id != self.topic_id or not self.is_current(r)
 
     cdef bint has_message(self, bytes record, uint64_t offset):
         cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)

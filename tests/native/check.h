@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -71,12 +72,14 @@ static inline void *check_shared(size_t bytes)
     return memory;
 }
 
-/* Run `body` in a child process; returns its id. It leaves with status 0 when body returns. */
+/* Run `body` in a child process; returns its id. It leaves with status 0 when body returns, and does not outlive the test
+ * that has failed, not even stopped. */
 static inline pid_t check_fork(void (*body)(void *), void *argument)
 {
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (pid == 0) {
+        CHECK(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
         body(argument);
         _exit(0);
     }

@@ -26,13 +26,13 @@ static void consume_all(uint32_t slot, uint64_t messages, uint32_t hold_every)
         }
         for (uint32_t i = 0; i < n; i++) {
             sb_claim claim;
-            int code = sb_claim_take(&region, table, offsets[i], slot, NOW, FAR, &claim);
+            int code = sb_claim_take(&region, table, life(), offsets[i], slot, NOW, FAR, &claim);
             if (code == SB_NO_SPACE) {
-                (void)sb_claim_overflow(&region, table, offsets[i]);
+                (void)sb_claim_overflow(&region, table, life(), offsets[i]);
                 break;
             }
             if (offsets[i] >= from) {
-                sb_claim_advance(&region, table, offsets[i] + 1, FAR);
+                sb_claim_advance(&region, table, life(), offsets[i] + 1, FAR);
             }
             if (code != SB_OK) {
                 continue;
@@ -172,7 +172,7 @@ static void a_stopped_holder_of_the_claim_lock_stops_no_claim_and_no_ack(void)
     }
     CHECK_EQ(base(), 0);
     CHECK_EQ(try_take(WINDOW, 1, NOW), SB_NO_SPACE);
-    CHECK_EQ(sb_claim_overflow(&region, table, WINDOW), SB_LOCKED);
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), WINDOW), SB_LOCKED);
     CHECK(kill(pid, SIGCONT) == 0);
     CHECK_EQ(check_wait(pid), 0);
     CHECK_EQ(base(), WINDOW); /* it looked again after it had unlocked */
@@ -194,7 +194,7 @@ static void kills_at_random_moments_lose_nothing(void)
         sb_claim blocker = take(0, 1, FAR);
         pid_t pid = check_fork(take_forever, NULL);
         uint64_t until = (uint64_t)(rand_r(&seed) % (int)CRASH_MESSAGES);
-        while (sb_load(&claims()->next) < until) {
+        while (sb_claim_next(&region, table) < until) {
             sb_pause();
         }
         CHECK(kill(pid, SIGKILL) == 0);

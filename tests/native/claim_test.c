@@ -28,7 +28,7 @@ static void the_base_moves_over_all_that_is_acked(void)
     CHECK_EQ(base(), 1000);
     CHECK_EQ(ack(&held[0], 1), SB_OK);
     CHECK_EQ(base(), 1003);
-    CHECK_EQ(sb_claim_skip(&region, table, 1004), SB_OK);
+    CHECK_EQ(sb_claim_skip(&region, table, life(), 1004), SB_OK);
     CHECK_EQ(ack(&held[3], 1), SB_OK);
     CHECK_EQ(base(), 1005);
     teardown();
@@ -68,7 +68,7 @@ static void a_release_gives_the_attempt_back_and_an_expiry_does_not(void)
     CHECK_EQ(sb_claim_released(&region, table, LATER - 1, offsets, 8), 0);
     CHECK_EQ(sb_claim_released(&region, table, LATER, offsets, 8), 1);
     sb_claim again;
-    CHECK_EQ(sb_claim_take(&region, table, 0, 3, LATER, LATER + 50, &again), SB_OK);
+    CHECK_EQ(sb_claim_take(&region, table, life(), 0, 3, LATER, LATER + 50, &again), SB_OK);
     CHECK_EQ(sb_claim_attempts(again.word), 2);
     CHECK_EQ(ack(&claim, 2), SB_GONE);
     CHECK_EQ(ack(&again, 3), SB_OK);
@@ -119,7 +119,7 @@ static void deadlines_hold_where_the_millisecond_counter_wraps(void)
     setup(0, 100);
     CHECK_EQ(deadline, 0x10);
     CHECK_EQ(sb_claim_deadline_after(0xfffffff0u, 0x0fu), 1); /* 0 means none */
-    CHECK_EQ(sb_claim_take(&region, table, 0, 1, now, deadline, &claim), SB_OK);
+    CHECK_EQ(sb_claim_take(&region, table, life(), 0, 1, now, deadline, &claim), SB_OK);
     CHECK_EQ(try_take(0, 2, 0xffffffffu), SB_LOST);
     CHECK_EQ(try_take(0, 2, 0xfu), SB_LOST);
     CHECK_EQ(sb_claims_expire(&region, table, now, 0, &next), 0);
@@ -154,9 +154,9 @@ static void a_scan_between_a_claim_and_its_announcement_does_not_lose_the_deadli
     uint64_t offsets[8];
     sb_claim first = take(0, 1, LATER), second;
     CHECK_EQ(ack(&first, 1), SB_OK);
-    CHECK_EQ(sb_claim_take(&region, table, 1, 1, NOW, LATER + 20, &second), SB_OK);
+    CHECK_EQ(sb_claim_take(&region, table, life(), 1, 1, NOW, LATER + 20, &second), SB_OK);
     CHECK_EQ(sb_claim_released(&region, table, LATER, offsets, 8), 0);
-    sb_claim_advance(&region, table, 2, LATER + 20);
+    sb_claim_advance(&region, table, life(), 2, LATER + 20);
     CHECK_EQ(sb_load(&claims()->deadline_ms), LATER + 20);
     CHECK_EQ(sb_claim_released(&region, table, LATER + 20, offsets, 8), 1);
     teardown();
@@ -170,7 +170,7 @@ static void a_scan_that_has_found_enough_does_not_lose_the_deadlines_behind_it(v
     (void)take(0, 1, LATER);
     (void)take(1, 1, LATER + 20);
     CHECK_EQ(sb_claim_released(&region, table, LATER, offsets, 1), 1);
-    CHECK_EQ(sb_claim_take(&region, table, 0, 2, LATER, LATER + 90, &again), SB_OK);
+    CHECK_EQ(sb_claim_take(&region, table, life(), 0, 2, LATER, LATER + 90, &again), SB_OK);
     uint64_t hint = sb_load(&claims()->deadline_ms);
     CHECK(hint != 0 && hint <= LATER + 20);
     teardown();
@@ -207,7 +207,7 @@ static void the_janitor_looks_at_a_table_when_a_deadline_is_over_and_otherwise_i
     sb_store(&sb_queue_at(&region, QUEUE)->state, SB_SLOT_LIVE);
     sb_store(&sb_group_at(&region, GROUP)->state, SB_SLOT_LIVE);
     (void)take(0, 1, LATER);
-    sb_claim_advance(&region, table, 2, 0);
+    sb_claim_advance(&region, table, life(), 2, 0);
     CHECK_EQ(pass(NOW, table + 1, &next), 0);
     CHECK_EQ(next, LATER - NOW);
     CHECK_EQ(sb_load(&claims()->released), 0);
@@ -231,9 +231,9 @@ static void a_full_window_moves_its_oldest_claims_aside_and_goes_on(void)
         CHECK_EQ(ack(&claim, 2), SB_OK);
     }
     CHECK_EQ(try_take(WINDOW, 2, NOW), SB_NO_SPACE);
-    CHECK_EQ(sb_claim_overflow(&region, table, WINDOW - 1), SB_OK); /* no need, nothing done */
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), WINDOW - 1), SB_OK); /* no need, nothing done */
     CHECK_EQ(base(), 0);
-    CHECK_EQ(sb_claim_overflow(&region, table, WINDOW), SB_OK);
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), WINDOW), SB_OK);
     CHECK_EQ(base(), WINDOW);
     CHECK_EQ(sb_load(&claims()->overflowed), 2);
     CHECK_EQ(try_take(0, 2, NOW), SB_LOST);
@@ -250,7 +250,7 @@ static void a_full_window_moves_its_oldest_claims_aside_and_goes_on(void)
     CHECK_EQ(offsets[0], 1);
     CHECK_EQ(offsets[1], WINDOW);
     sb_claim again;
-    CHECK_EQ(sb_claim_take(&region, table, 1, 3, LATER + 5, LATER + 90, &again), SB_OK);
+    CHECK_EQ(sb_claim_take(&region, table, life(), 1, 3, LATER + 5, LATER + 90, &again), SB_OK);
     CHECK_EQ(sb_claim_attempts(again.word), 2);
     CHECK_EQ(sb_claims_reap(&region, table, 3), 1);
     again = take(1, 2, LATER);
@@ -268,17 +268,17 @@ static void only_a_full_overflow_table_stops_a_queue_and_an_ack_frees_it(void)
     uint64_t next = 0;
     for (; next < WINDOW + room; next++) {
         if (next >= base() + WINDOW) {
-            CHECK_EQ(sb_claim_overflow(&region, table, next), SB_OK);
+            CHECK_EQ(sb_claim_overflow(&region, table, life(), next), SB_OK);
         }
         held[next] = take(next, 1, LATER);
     }
     CHECK_EQ(try_take(next, 1, NOW), SB_NO_SPACE);
-    CHECK_EQ(sb_claim_overflow(&region, table, next), SB_TABLE_FULL);
-    CHECK_EQ(sb_claim_overflow(&region, table, next), SB_TABLE_FULL);
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), next), SB_TABLE_FULL);
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), next), SB_TABLE_FULL);
     CHECK_EQ(base(), room);
     CHECK_EQ(sb_load(&claims()->overflowed), room);
     CHECK_EQ(ack(&held[7], 1), SB_OK);
-    CHECK_EQ(sb_claim_overflow(&region, table, next), SB_OK);
+    CHECK_EQ(sb_claim_overflow(&region, table, life(), next), SB_OK);
     held[next] = take(next, 1, LATER);
     for (uint64_t o = 0; o <= next; o++) {
         CHECK_EQ(ack(&held[o], 1), o == 7 ? SB_GONE : SB_OK);
@@ -304,9 +304,9 @@ static void tables_share_the_overflow_and_do_not_take_each_others_claims(void)
         table = t ? other : first;
         held[t] = take(0, 1, LATER);
         for (uint64_t o = 1; o < WINDOW; o++) {
-            CHECK_EQ(sb_claim_skip(&region, table, o), SB_OK);
+            CHECK_EQ(sb_claim_skip(&region, table, life(), o), SB_OK);
         }
-        CHECK_EQ(sb_claim_overflow(&region, table, WINDOW), SB_OK);
+        CHECK_EQ(sb_claim_overflow(&region, table, life(), WINDOW), SB_OK);
         CHECK_EQ(base(), WINDOW);
     }
     CHECK_EQ(held[0].word, held[1].word);

@@ -32,6 +32,7 @@ static inline void setup(uint64_t base, uint64_t messages)
 static inline void teardown(void) { sb_region_unmap(&region); }
 
 static inline sb_claims *claims(void) { return sb_claims_at(&region, table); }
+static inline uint64_t life(void) { return sb_load(&claims()->state); }
 static inline uint64_t base(void) { return sb_load(&claims()->base); }
 
 static inline uint32_t entries(void) /* the counter in the table may be too high after a kill */
@@ -48,15 +49,15 @@ static inline uint32_t entries(void) /* the counter in the table may be too high
 static inline sb_claim take(uint64_t offset, uint32_t slot, uint32_t deadline)
 {
     sb_claim claim;
-    CHECK_EQ(sb_claim_take(&region, table, offset, slot, NOW, deadline, &claim), SB_OK);
-    sb_claim_advance(&region, table, offset + 1, deadline);
+    CHECK_EQ(sb_claim_take(&region, table, life(), offset, slot, NOW, deadline, &claim), SB_OK);
+    sb_claim_advance(&region, table, life(), offset + 1, deadline);
     return claim;
 }
 
 static inline int try_take(uint64_t offset, uint32_t slot, uint32_t now)
 {
     sb_claim claim;
-    return sb_claim_take(&region, table, offset, slot, now, now + 10, &claim);
+    return sb_claim_take(&region, table, life(), offset, slot, now, now + 10, &claim);
 }
 
 static inline int ack(const sb_claim *claim, uint32_t slot)
