@@ -7,8 +7,10 @@ for: the descriptor in a copy of a directory is nobody's (R22).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmbroker import access
-from shmbroker.errors import AttachRefused, LayoutMismatch, ShmBrokerError
+from shmbroker.errors import AttachRefused, LayoutMismatch, ShmBrokerError, StoreFull
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths, is_object_name
 
@@ -82,26 +84,61 @@ def read_descriptor(paths: BrokerPaths) -> Descriptor | None:
 
 
 def write_descriptor(paths: BrokerPaths, descriptor: Descriptor) -> None:
-    """Replace the descriptor at one stroke: temporary file, fsync, rename, fsync of the directory."""
-    temporary = paths.descriptor.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w", encoding="ascii") as stream:
+    """Replace the descriptor at one stroke: temporary file, fsync, rename, fsync of the directory. Or StoreFull.
+
+    A broker starts on a disk without a free block, too: what says the same is not written again, and the temporary file
+    is the one that ``remove_descriptor`` has left, written over in place.
+    """
+    with suppress(ShmBrokerError):  # it is replaced
+        if read_descriptor(paths) == descriptor:
+            return
+    text = json.dumps(asdict(descriptor), indent=1).encode()
+    temporary = _temporary(paths)
+    fd = _own_file(temporary)
+    try:
         access.admit(fd, access.group_of(descriptor.settings))
-        json.dump(asdict(descriptor), stream, indent=1)
-        stream.flush()
+        if os.pwrite(fd, text, 0) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, len(text))
         os.fsync(fd)
-    failpoint("memory.descriptor_written")  # leaves a temporary file, which the next writer removes
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreFull(
+            f"{temporary}: the disk has no room for {len(text)} bytes, without which no broker starts: free some space"
+        ) from error
+    finally:
+        os.close(fd)
+    failpoint("memory.descriptor_written")  # leaves a temporary file, which the next writer writes over
     temporary.rename(paths.descriptor)
     _sync_directory(paths.run)
 
 
 def remove_descriptor(paths: BrokerPaths, instance: str) -> None:
-    """Remove the descriptor of that memory; another's stays. Only under the directory's lock."""
-    with suppress(ShmBrokerError):  # what is no descriptor is not ours either
+    """Remove the descriptor of that memory; another's stays. Only under the directory's lock.
+
+    The file goes on as the temporary one: its room on the disk is kept for the next descriptor.
+    """
+    with suppress(ShmBrokerError, FileNotFoundError):  # what is no descriptor is not ours either
         found = read_descriptor(paths)
         if found is not None and found.instance == instance:
-            paths.descriptor.unlink(missing_ok=True)
+            paths.descriptor.rename(_temporary(paths))
+
+
+def _temporary(paths: BrokerPaths) -> Path:
+    return paths.descriptor.with_suffix(".tmp")
+
+
+def _own_file(path: Path) -> int:
+    """To be written: what lies there, if it is our own and has no other name; else a new file."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid():
+            return fd
+        os.close(fd)
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _sync_directory(path: Path) -> None:

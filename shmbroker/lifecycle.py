@@ -121,7 +121,7 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     restoration = Restoration(queues, checkpoint.dispatched if checkpoint is not None else 0)
     started = time.monotonic()
     recovered = recovery.recover(place, checkpoints, restoration.replay, restoration.dispatch)
-    restoration.finish(recovered.end)
+    dispatched = restoration.finish(recovered.end)
     log.info(
         "recovered the log: %s, positions %d to %d, %d records read from %d on, %d bytes cut, %.3f s",
         recovered.reason, recovered.first, recovered.end, recovered.records, recovered.replayed_from,
@@ -131,7 +131,7 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     epoch = EpochBody(last + 1, recovered.end, last, recovered.reason)
     # From here on the stop before was not clean any more; consume queues hold what restoration has just synced.
     epochs = (*recovered.epochs, Epoch(epoch.epoch, epoch.start, epoch.previous))
-    ends = recovered.end, recovered.end, recovered.snapshot, recovered.first
+    ends = recovered.end, dispatched, recovered.snapshot, recovered.first
     checkpoints.write(Checkpoint(store, *ends, epochs))
     checkpoints.close()
     remains.clear()
@@ -139,6 +139,7 @@ def _recover(paths: BrokerPaths, config: Config) -> Opened:
     try:
         region = held.region
         region.set("kept", recovered.first)
+        region.set("dispatched", dispatched)  # less than all if the disk is full: the dispatcher goes on from there
         region.set("indexed", recovered.first)  # until the dispatcher knows better
         region.set("snapshot", recovered.snapshot or 0)
         reader = LogReader(paths.log, config.layout.segment_bytes, store)

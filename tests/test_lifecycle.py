@@ -146,13 +146,16 @@ def test_a_killed_supervisor_is_replaced_and_the_memory_stays(broker: Broker, di
 
 @pytest.mark.crash
 def test_what_was_sent_while_no_supervisor_can_start_is_kept_for_the_one_that_can(directory: Path) -> None:
-    obstacle = BrokerPaths(directory).descriptor.with_suffix(".tmp")  # as a full disk: the descriptor cannot be written
+    descriptor = BrokerPaths(directory).descriptor
+    obstacle = descriptor.with_suffix(".tmp")  # as a full disk: the descriptor cannot be written
     with Child(SENDER, directory, SMALL) as child:
         assert child.read_line() == "open"
         workers = wait_for_workers(directory)
         attached = memory.attach(BrokerPaths(directory))
         assert attached is not None
         obstacle.mkdir()
+        other = descriptor.read_text().replace('"worker_tick_ms": 5', '"worker_tick_ms": 6')
+        descriptor.write_text(other)  # what says the same would not be written anew
         os.kill(workers["flusher"], signal.SIGSTOP)
         os.kill(workers["supervisor"], signal.SIGKILL)
         os.kill(workers["flusher"], signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from support.processes import SMALL
 import shmbroker
 from shmbroker import memory, process
 from shmbroker.config import Config
-from shmbroker.descriptor import Descriptor, read_descriptor
+from shmbroker.descriptor import Descriptor, read_descriptor, write_descriptor
 from shmbroker.memory import Leftover
 from shmbroker.naming import BrokerPaths
 
@@ -99,6 +100,40 @@ def test_two_attachments_see_one_memory(paths: BrokerPaths) -> None:
     assert second is not None
     first[0].set("kept", 4711)
     assert second[0].get("kept") == 4711
+
+
+def test_the_next_descriptor_takes_the_place_on_the_disk_that_the_last_one_had(paths: BrokerPaths) -> None:
+    """So that a broker starts on a disk without a free block."""
+    descriptor = descriptor_of(paths)
+    place = paths.descriptor.stat().st_ino
+    write_descriptor(paths, descriptor)
+    assert paths.descriptor.stat().st_ino == place, "what says the same is not written again"
+    memory.remove(paths, descriptor)
+    assert not paths.descriptor.exists()
+    short = dataclasses.replace(descriptor, store="00")
+    write_descriptor(paths, short)
+    assert paths.descriptor.stat().st_ino == place
+    assert read_descriptor(paths) == short
+    write_descriptor(paths, descriptor)
+
+
+@pytest.mark.parametrize("planted", ["a link", "a second name", "a pipe"])
+def test_a_descriptor_is_never_written_through_what_somebody_else_may_hold(paths: BrokerPaths, planted: str) -> None:
+    descriptor = descriptor_of(paths)
+    memory.remove(paths, descriptor)
+    temporary, theirs = paths.descriptor.with_suffix(".tmp"), paths.directory / "theirs"
+    temporary.unlink()
+    theirs.write_text("not ours")
+    if planted == "a link":
+        temporary.symlink_to(theirs)
+    elif planted == "a second name":
+        temporary.hardlink_to(theirs)
+    else:
+        os.mkfifo(temporary)
+    write_descriptor(paths, descriptor)
+    assert theirs.read_text() == "not ours"
+    assert read_descriptor(paths) == descriptor
+    assert paths.descriptor.stat().st_nlink == 1
 
 
 def test_memory_of_another_layout_is_refused_and_its_unflushed_bytes_can_be_read(paths: BrokerPaths) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shmbroker.errors import CorruptLog
 from shmbroker.naming import BrokerPaths
 from shmbroker.record import GroupBody, RecordKind, SnapshotBody, TopicBody
 from shmbroker.store.commit_log import LogReader
-from shmbroker.store.consume_queue import ConsumeQueues
+from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 from shmbroker.store.segment import list_segments
 
 STORE = bytes(16)
@@ -223,6 +224,38 @@ def test_claims_that_two_queues_held_at_different_times_need_not_fit_into_memory
     with restored(tmp_path, topic("orders", 1), (RecordKind.GROUP, GroupBody("g", 1).encode()), *steps) as region:
         found = {table["queue_id"]: (table["base"], table["overflow"]) for table in region.progress()}
     assert found == {0: (1001, []), 1: (1000, list(range(room)))}
+
+
+class FullDisk(ConsumeQueues):
+    """Has no room from a certain call on."""
+
+    def __init__(self, directory: Path, room: int) -> None:
+        super().__init__(directory, STORE, writable=True)
+        self.room = room
+
+    def write(self, topic_id: int, queue_id: int, offset: int, entries: bytes | memoryview) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(topic_id, queue_id, offset, entries)
+
+
+def test_what_a_full_disk_does_not_take_is_left_to_the_dispatcher_and_found_by_the_index(tmp_path: Path) -> None:
+    queues = FullDisk(tmp_path / "queues", room=2)
+    restoration = Restoration(queues, 1000)
+    restoration.replay(system_record(*topic("orders", 1, queues=3), position=0))
+    pieces = [(900, 0, 0), (2000, 0, 10), (3000, 1, 0), (4000, 0, 20), (5000, 0, 30), (6000, 2, 7), (7000, 2, 27)]
+    for end, queue_id, offset in pieces:  # ten messages each
+        entries = b"".join(ENTRY.pack(end - 800 + 80 * i, 80, 0) for i in range(10))
+        restoration.dispatch([(1, queue_id, offset, entries)], end)
+    assert restoration.finish(8000) == 3000, "all before it is there, of what lies behind it nothing"
+    assert [queues.offsets(1, queue_id) for queue_id in range(3)] == [(0, 20), (0, 10), (0, 0)]
+    (tmp_path / "log").mkdir()
+    with bare_memory() as region, closing(LogReader(tmp_path / "log", SEGMENT, STORE)) as reader:
+        restoration.apply(region, reader, 0)
+        found = [(queue["index_first"], queue["next_offset"]) for queue in region.topics()[0]["queues"]]
+        assert found == [(20, 40), (10, 10), (27, 37)], "offsets 17 to 26 of queue 2 have no message"
+    queues.close()
 
 
 # ---- with a broker -----------------------------------------------------------------------------------------------

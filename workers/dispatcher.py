@@ -6,7 +6,6 @@ all (delivery/upkeep.py). Native scans and file calls drop the GIL.
 
 from __future__ import annotations
 
-import errno
 import resource
 import sys
 import threading
@@ -19,6 +18,7 @@ from shmbroker.errors import CorruptLog
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
+from shmbroker.store.files import NO_SPACE
 from shmbroker.store.key_index import KeyIndex
 from shmbroker.workers import common
 
@@ -39,10 +39,7 @@ def serve(worker: common.Worker) -> None:
         ConsumeQueues(paths.queues, worker.store, writable=True, open_files_max=open_files) for _ in range(2)
     )
     readers = [LogReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
-    index = KeyIndex(paths.index, worker.store, writable=True)
-    index.cut(region.get("dispatched"))
-    indexer = Indexer(region, Source(region, readers[1]), index)
-    region.set("indexed", indexer.position)
+    indexer = Indexer(region, Source(region, readers[1]), lambda: KeyIndex(paths.index, worker.store, writable=True))
     checkpoints = CheckpointFile(paths.checkpoint)
     last = checkpoints.read() or Checkpoint(worker.store)
     dispatcher = Dispatcher(region, Source(region, readers[0]), queues, indexer, last.dispatched)
@@ -64,7 +61,7 @@ def serve(worker: common.Worker) -> None:
         reader.close()
     queues.close()
     own_queues.close()
-    index.close()
+    indexer.close()
     checkpoints.close()
 
 
@@ -84,7 +81,7 @@ def dispatch(worker: common.Worker, dispatcher: Dispatcher) -> bool:
     try:
         done = dispatcher.step()
     except (OSError, CorruptLog) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in NO_SPACE:
             raise
         if not dispatcher.starved:
             worker.log.warning("consume queues cannot be written for now: %s", error)

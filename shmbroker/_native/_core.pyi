@@ -269,6 +269,9 @@ class Region:
         subscription_generation, members: the slots of the clients that consume in it."""
     def restore_queue(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         """Recovery only: a queue's next offset and the first the log still has; both only grow."""
+    def restore_index(self, topic_id: int, queue_id: int, offset: int, positions: bytes) -> None:
+        """Recovery only, after restore_queue: a queue's last messages, from ``offset`` to its next, lie at these positions
+        (8 bytes each): where the consume queue does not have them yet."""
     def set_first_offset(self, topic_id: int, queue_id: int, first_offset: int) -> None: ...
 
     # group progress

@@ -108,3 +108,19 @@ int sb_index_add(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uin
     sb_store(&b->last_position, position);
     return SB_OK;
 }
+
+int sb_index_restore(sb_region *r, uint32_t queue, uint64_t offset, const uint64_t *positions, uint32_t count)
+{
+    if (queue >= r->limits.queues || sb_peek(&sb_queue_at(r, queue)->next_offset) != offset + count) {
+        return SB_INVALID;
+    }
+    sb_queue *q = sb_queue_at(r, queue);
+    const uint64_t owner = ((uint64_t)(queue + 1) << 32) | q->topic_id;
+    uint64_t needed;
+    int code = SB_OK;
+    for (uint32_t i = 0; i < count && code == SB_OK; i++) {
+        code = sb_index_add(r, q, owner, offset + i, positions[i], &needed);
+        sb_store(&r->control->undo.count, 0); /* nothing to undo: a start that fails leaves no memory */
+    }
+    return code;
+}

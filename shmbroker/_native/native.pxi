@@ -286,6 +286,9 @@ cdef extern from "membership.h" nogil:
     void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
     uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
 
+cdef extern from "queue_index.h" nogil:
+    int sb_index_restore(sb_region *r, uint32_t queue, uint64_t offset, const uint64_t *positions, uint32_t count)
+
 cdef extern from "janitor.h" nogil:
     int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t incarnation, const char *name,
                        uint32_t *slot, uint32_t *generation)

@@ -20,5 +20,8 @@ int sb_index_lookup(const sb_region *r, uint32_t queue, uint64_t offset, uint64_
 /* Append, under its lock: queue `q`, whose blocks carry `owner` (slot + 1, topic id), has its message `offset` at
  * `position`. SB_OK | SB_NO_INDEX (*needed: `dispatched` must reach it) | SB_TOO_LARGE (undo full) | SB_BROKEN */
 int sb_index_add(sb_region *r, sb_queue *q, uint64_t owner, uint64_t offset, uint64_t position, uint64_t *needed);
+/* Recovery, nobody else attached: the queue's last `count` messages, from `offset` to its next, lie at these positions. The
+ * ring does not have them, so readers take them from the files. SB_OK | SB_NO_INDEX | SB_INVALID | SB_BROKEN */
+int sb_index_restore(sb_region *r, uint32_t queue, uint64_t offset, const uint64_t *positions, uint32_t count);
 
 #endif

@@ -573,6 +573,14 @@ cdef class Region:
         sb_raise(&q.index_first, next_offset)  # nothing of it is in the ring: readers use the consume queue
         sb_raise(&q.first_offset, first_offset)
 
+    def restore_index(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset, bytes positions not None):
+        cdef sb_region *r = self.open()
+        cdef uint32_t slot = <uint32_t>(self.queue_of(topic_id, queue_id) - sb_queue_at(r, 0))
+        cdef uint32_t count = <uint32_t>(len(positions) // sizeof(uint64_t))
+        cdef int code = sb_index_restore(r, slot, offset, <const uint64_t *>PyBytes_AS_STRING(positions), count)
+        if code != SB_OK:
+            raise code_error(r, code, f"restoring the index of queue {queue_id} of topic id {topic_id}")
+
     def set_first_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t first_offset):
         sb_raise(&self.queue_of(topic_id, queue_id).first_offset, first_offset)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from shmbroker._native._core import Region, decode_record, dispatch_scan, find_record
@@ -128,6 +129,7 @@ class Dispatcher:
         self._indexer = indexer
         # Entries before it are synced, or dirty in `queues`.
         self.position = max(region.get("kept"), min(synced, region.get("dispatched")))
+        self._begun_at = region.get("tail")
         self.starved = False  # the last pass found no room on the disk
         self._epoch = 0  # of the record at `position`; 0: not known
         self._passed: range | None = None  # positions of the damage met last
@@ -153,7 +155,7 @@ class Dispatcher:
             sound = self._source.sound_after(self.position, min(tail, self._region.get("flushed")))
             self._passed, self._resumed = range(self.position, sound, RECORD_ALIGN_BYTES), set()
             scan = Scan([], [], sound, 0, "damaged")
-        runs = self._of_live_topics(scan.runs) if self.behind else scan.runs
+        runs = self._of_live_topics(scan.runs) if self.position < self._begun_at else scan.runs
         failpoint("dispatcher.before_queues")  # nothing written
         for run in runs:
             if self._passed is not None:
@@ -194,15 +196,16 @@ class Indexer:
     scans that stretch of the log itself. It never goes past ``flushed``: what it indexes no power cut takes back.
     """
 
-    def __init__(self, region: Region, source: Source, index: KeyIndex) -> None:
+    def __init__(self, region: Region, source: Source, open_index: Callable[[], KeyIndex]) -> None:
+        """``open_index`` is called in the first step, and again in each one until the disk has room for an index."""
         self._region = region
         self._source = source
-        self._index = index
+        self._open_index = open_index
+        self._index: KeyIndex | None = None
         self._offers: deque[tuple[int, int, list[int]]] = deque()
         self._offered_marks = 0
         self._marks: deque[int] = deque()  # records to be indexed, all before `_scanned`
-        # Deleted segments were indexed as far as they had to be.
-        self._scanned = max(index.position, region.get("kept"))
+        self._scanned = region.get("indexed")
         self.deleted_topics: list[int] = []  # topics whose deletion was met: the caller removes their files
 
     @property
@@ -211,14 +214,9 @@ class Indexer:
         return self._marks[0] if self._marks else self._scanned
 
     @property
-    def pending(self) -> bool:
-        """There is something to commit."""
-        return self._index.pending > 0
-
-    @property
     def full(self) -> bool:
         """So much is pending that it should be committed now."""
-        return self._index.pending >= _COMMIT_ENTRIES
+        return self._index is not None and self._index.pending >= _COMMIT_ENTRIES
 
     def offer(self, start: int, end: int, marks: list[int]) -> None:
         """In [start, end) only the records at ``marks`` have to be looked at. Called by the dispatcher's thread."""
@@ -227,13 +225,14 @@ class Indexer:
             self._offers.append((start, end, marks))
 
     def step(self) -> bool:
-        """Index a bounded number of records. True if there may be more to do at once."""
+        """Index a bounded number of records. True if there may be more to do at once. Raises lmdb.Error, OSError."""
+        index = self._index = self._index or self._opened()
         before, end = self.position, min(self._region.get("flushed"), self._region.get("dispatched"))
         if not self._marks:
             self._extend(end)
         for _ in range(min(len(self._marks), _INDEX_BATCH)):
             try:
-                self._add(self._source.record(self._marks[0]))
+                self._add(self._source.record(self._marks[0]), index)
             except CorruptLog as damage:
                 self._source.note(damage, self._marks[0])
             self._marks.popleft()
@@ -241,6 +240,8 @@ class Indexer:
 
     def commit(self) -> None:
         """Make what was added durable and publish ``indexed``. Raises lmdb.Error; nothing is lost, try again later."""
+        if self._index is None:
+            return
         failpoint("dispatcher.before_index")  # what is pending is found again from the position that LMDB has
         self._index.commit(self.position)
         failpoint("dispatcher.after_index")  # `indexed` is old: retention waits
@@ -248,7 +249,24 @@ class Indexer:
 
     def drop_before(self, position: int) -> None:
         """Retention has deleted the log before ``position``."""
-        self._index.drop_before(position)
+        if self._index is not None:
+            self._index.drop_before(position)
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+
+    def _opened(self) -> KeyIndex:
+        index = self._open_index()
+        try:
+            index.cut(self._region.get("flushed"))
+        except BaseException:
+            index.close()
+            raise
+        # Deleted segments were indexed as far as they had to be.
+        self._scanned = max(index.position, self._region.get("kept"))
+        self._region.set("indexed", self._scanned)
+        return index
 
     def _extend(self, end: int) -> None:
         """Find the next marks before ``end``: among the offers, or in the log where there is none."""
@@ -270,10 +288,10 @@ class Indexer:
             self._marks.extend(scan.marks)
             self._scanned = scan.end
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record, index: KeyIndex) -> None:
         if record.kind == RecordKind.TOPIC:
             body = TopicBody.parse(record.body)
             if body.deleted:
                 self.deleted_topics.append(body.topic_id)
         elif record.kind == RecordKind.MESSAGE:
-            self._index.add(record)
+            index.add(record)

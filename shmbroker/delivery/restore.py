@@ -7,6 +7,7 @@ idempotent, so it does not matter that a snapshot's records stand between those 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,12 +18,14 @@ from shmbroker.errors import CorruptLog, GroupNotExist, PositionGone, QueueNotEx
 from shmbroker.record import GroupBody, Record, RecordKind, SnapshotBody, TopicBody, parse_ids, subscription_text
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES, ConsumeQueues
+from shmbroker.store.files import NO_SPACE
 
 Run = tuple[int, int, int, bytes]
 Id = tuple[int, int, int]  # incarnation, sequence, position
 _IDS_MAX: Final = 1 << 24  # the largest id_window
 _ID_BYTES: Final = 64 << 20  # read at a start in some 0.1 s
 _SHARE_OF_OTHERS: Final = 4
+_BLOCK_ENTRIES: Final = 128  # SB_BLOCK_ENTRIES
 
 
 class Restoration:
@@ -32,6 +35,9 @@ class Restoration:
         """``dispatched``: the checkpoint's: ``queues`` hold everything before it durably, and perhaps more."""
         self._queues = queues
         self._dispatched = dispatched
+        self._read = 0  # consume queue entries of the records before it were met
+        self._full = False  # the disk has no room for more of them: they are left to the dispatcher
+        self._unwritten: dict[tuple[int, int], tuple[int, array[int]]] = {}  # queue: an offset, positions from it on
         self._topics: dict[int, TopicBody] = {}
         self._groups: dict[int, GroupBody] = {}
         self._deleted_topics: set[int] = set()
@@ -63,21 +69,48 @@ class Restoration:
             raise CorruptLog(message, record.position) from error
 
     def dispatch(self, runs: Sequence[Run], position: int) -> None:
-        """Take consume queue entries of the records before ``position`` and after those of the last call."""
+        """Take consume queue entries of the records before ``position`` and after those of the last call.
+
+        A disk without room for them is no reason not to start: they are derived, and written when there is some.
+        """
         for topic_id, queue_id, offset, entries in runs:
             self._raise_offsets(topic_id, queue_id, offset + len(entries) // ENTRY_BYTES, 0)
-            if position > self._dispatched and topic_id not in self._deleted_topics:
-                self._queues.write(topic_id, queue_id, offset, entries)
+        if position <= self._dispatched:
+            return
+        runs = [run for run in runs if run[0] not in self._deleted_topics]
+        self._full = self._full or not self._write(runs)
+        if not self._full:
+            self._read = position
+            return
+        for topic_id, queue_id, offset, entries in runs:
+            start, positions = self._unwritten.get((topic_id, queue_id), (offset, array("Q")))
+            if start + len(positions) != offset:  # there are none between: the older ones wait for the dispatcher
+                start, positions = offset, array("Q")
+            positions.extend(memoryview(entries).cast("B").cast("Q")[::2])
+            self._unwritten[topic_id, queue_id] = start, positions
 
-    def finish(self, end: int) -> None:
-        """The log ends at ``end``: consume queues hold exactly what it has, durably.
+    def _write(self, runs: Sequence[Run]) -> bool:
+        """False: there is no room for them."""
+        try:
+            for run in runs:
+                self._queues.write(*run)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return False
+        return True
+
+    def finish(self, end: int) -> int:
+        """The log ends at ``end``. Returns the position up to which consume queues hold exactly what it has, durably.
 
         A crash before this leaves entries past the checkpoint's ``dispatched``: the next recovery does it all again.
         """
-        self._queues.truncate(end)
+        dispatched = min(end, max(self._read, self._dispatched)) if self._full else end
+        self._queues.truncate(dispatched)
         for topic_id in self._deleted_topics:
             self._queues.delete_topic(topic_id)
         self._queues.sync()
+        return dispatched
 
     def apply(self, region: Region, log: LogReader, kept: int) -> None:
         """Put everything into new memory, to which nobody else is attached. Raises LimitReached if it is too small."""
@@ -103,7 +136,25 @@ class Restoration:
             if topic_id in self._topics:
                 region.restore_queue(topic_id, queue_id, next_offset, first_offset)
         raise_first_offsets(region, self._queues, kept)
+        self._restore_index(region)
         self._remember_ids(region, log, kept)
+
+    def _restore_index(self, region: Region) -> None:
+        """What the consume queues have no room for is delivered by the index in memory, which had it before as well.
+
+        Else a full disk could be freed by nobody's consuming. If it is too much, the oldest waits for the dispatcher.
+        """
+        ends = {
+            (topic["topic_id"], queue["queue_id"]): queue["next_offset"]
+            for topic in region.topics()
+            for queue in topic["queues"]
+        }
+        for identity, (start, positions) in self._unwritten.items():
+            room = max(0, region.limits["blocks"] // len(self._unwritten) - 2) * _BLOCK_ENTRIES
+            newest = positions[-room:] if room else array("Q")
+            end = start + len(positions)
+            if newest and ends.get(identity) == end:
+                region.restore_index(*identity, end - len(newest), newest.tobytes())
 
     def _topic(self, body: TopicBody) -> None:
         if body.deleted:

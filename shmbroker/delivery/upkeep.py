@@ -12,7 +12,6 @@ may be killed anywhere: a duty repeated does no harm, and what a restart reads b
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -31,6 +30,7 @@ from shmbroker.errors import BrokerClosed, CorruptLog, Retryable, StoreFull, Sto
 from shmbroker.failpoint import failpoint
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.consume_queue import ConsumeQueues
+from shmbroker.store.files import NO_SPACE
 
 logger = logging.getLogger("shmbroker.dispatcher")
 
@@ -38,7 +38,6 @@ CHECKPOINT_BYTES: Final = 256 << 20  # a restart scans not much more than this
 POLL: Final = 0.1  # seconds between two looks at what has no date
 RETENTION_INTERVAL: Final = 1.0
 RETRY_INTERVAL: Final = 1.0
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -111,9 +110,12 @@ class Upkeep:
         end = snapshot.complete()
         if wait(end):
             self._region.set("snapshot", snapshot.begin)
-            while self._indexer.step():
-                pass
-            self._indexer.commit()
+            try:
+                while self._indexer.step():
+                    pass
+                self._indexer.commit()
+            except (lmdb.Error, OSError) as error:  # no room: it goes on at the next start, from where it is
+                logger.warning("the key index stays behind: %s", error)
             self.checkpoint(clean=self._region.get("tail") == end)
 
     def checkpoint(self, *, clean: bool = False) -> None:
@@ -152,7 +154,7 @@ class Upkeep:
             wait = duty.work()
             duty.complained = ""
         except (Retryable, StoreFull, StoreReadOnly, CorruptLog, BrokerClosed, lmdb.Error, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_SPACE:
+            if isinstance(error, OSError) and error.errno not in NO_SPACE:
                 raise
             if duty.complained != str(error):
                 logger.warning("%s, trying again: %s", duty.work.__name__.strip("_").replace("_", " "), error)

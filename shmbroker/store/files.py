@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 from shmbroker import access
 
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 ZERO_STEP_BYTES: Final = 8 * 1024 * 1024
 _ZEROS: Final = bytes(1024 * 1024)
 

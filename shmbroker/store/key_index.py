@@ -16,8 +16,10 @@ compares the record itself.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -45,6 +47,7 @@ TABLES: Final = ("keys", "dedup", "ids")
 
 _VERSION: Final = b"\x01"
 MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
+_NEW_BYTES: Final = 256 << 10  # more than a new, empty index takes
 _DROP_MAX: Final = 20_000  # entries deleted in one call: a bounded pass
 _U64: Final = struct.Struct(">Q")
 _KEY: Final = struct.Struct(">II16sQ")
@@ -69,7 +72,7 @@ class KeyIndex:
     ) -> None:
         """Open the index; a writer makes it, and makes it anew if it is another store's or damaged.
 
-        Raises lmdb.Error: there is none to read, or no room for a new one.
+        Raises lmdb.Error: there is none to read. OSError: there is no room for a new one.
         """
         self._directory = directory
         self._store_id = store_id
@@ -222,6 +225,7 @@ class KeyIndex:
     def _open(self) -> None:
         if self._writable:
             self._directory.mkdir(mode=access.directory_mode(), exist_ok=True)
+            self._check_room()
         self._environment = lmdb.open(
             str(self._directory),
             map_size=self._map_bytes if self._writable else 0,
@@ -251,6 +255,12 @@ class KeyIndex:
         except BaseException:
             self._environment.close()
             raise
+
+    def _check_room(self) -> None:
+        """LMDB writes its lock file through a mapping: a full disk would be SIGBUS. Once made, it has its room."""
+        disk = os.statvfs(self._directory)
+        if not (self._directory / "lock.mdb").exists() and disk.f_bavail * disk.f_frsize < _NEW_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
     def _begin(self) -> Any:
         """A reading transaction; follows a writer in another process that has made the map larger."""

@@ -136,6 +136,34 @@ static void a_restored_queue_begins_in_the_middle_of_a_block(void)
     broker_close(&b);
 }
 
+/* What the consume queue did not get before the memory was lost; new messages follow without a seam. */
+static void a_restored_index_tells_the_old_places_and_goes_on(void)
+{
+    uint64_t position, places[200];
+    uint32_t found;
+    setup(1, 8);
+    sb_queue *q = sb_queue_at(&b.r, b.slot[0]);
+    sb_store(&q->next_offset, 500);
+    sb_store(&q->index_first, 500);
+    for (uint32_t i = 0; i < 200; i++) {
+        places[i] = 8u * i;
+    }
+    sb_store(&sb_marks(&b.r)->tail, 4096);
+    sb_store(&sb_marks(&b.r)->flushed, 4096);
+    sb_store(&sb_marks(&b.r)->write_limit, 4096);
+    CHECK_EQ(sb_index_restore(&b.r, b.slot[0], 299, places, 200), SB_INVALID);
+    CHECK_EQ(sb_index_restore(&b.r, b.slot[0], 300, places, 200), SB_OK);
+    CHECK_EQ(sb_load(&b.r.control->undo.count), 0);
+    sb_cursor cursor = {.block = SB_NIL};
+    CHECK_EQ(look_up(0, 299, UINT64_MAX, 1, &cursor, &position, &found), SB_BEHIND);
+    for (uint32_t i = 0; i < 300; i++) {
+        uint64_t place = i < 200 ? places[i] : send(0);
+        CHECK_EQ(look_up(0, 300 + i, UINT64_MAX, 1, &cursor, &position, &found), SB_OK);
+        CHECK_EQ(position, place);
+    }
+    broker_close(&b);
+}
+
 static void a_deleted_topic_leaves_nothing_to_the_next_user_of_its_queues(void)
 {
     uint64_t position, needed;
@@ -329,6 +357,7 @@ int main(int argc, char **argv)
         TEST(a_cursor_of_any_age_or_origin_does_no_harm),
         TEST(what_left_the_index_is_behind_and_never_nothing),
         TEST(a_restored_queue_begins_in_the_middle_of_a_block),
+        TEST(a_restored_index_tells_the_old_places_and_goes_on),
         TEST(a_deleted_topic_leaves_nothing_to_the_next_user_of_its_queues),
         TEST(a_thousand_queues_share_one_pool),
         TEST(look_ups_race_with_appends_and_block_reuse),
