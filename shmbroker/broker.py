@@ -16,7 +16,7 @@ from shmbroker import failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
-from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, GroupNotExist, TopicNotExist
+from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, ConfigError, GroupNotExist, TopicNotExist
 from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def open(  # noqa: A001 - as in gzip.open
     AttachRefused, LayoutMismatch, NotEnoughMemory, CorruptLog, StoreFull, and NotReady after ``timeout`` seconds.
     """
     failpoint.arm_from_environment("client")
+    if not os.fspath(directory):
+        raise ConfigError("directory = '': name one; an empty path would make a broker in the current directory")
     paths = BrokerPaths(Path(directory).absolute())
     try:
         wanted = load(paths.directory, config, settings)

@@ -157,6 +157,8 @@ class Producer(ProducerCore):
         Waits only for room in the ring, or for callbacks to return if very many are due. Raises BadRequest, and
         BrokerBusy if none has returned within the timeout; what happens later reaches ``on_exception``.
         """
+        if callback is not None and not (hasattr(callback, "on_success") and hasattr(callback, "on_exception")):
+            raise BadRequest(f"callback = {callback!r}: an object with the methods on_success and on_exception")
         self._completion_of_this_process().send(
             lambda left: self._store_only(message, left, selector, argument, sharding_key, queue_id, dedup_key),
             callback,

@@ -16,13 +16,22 @@ from support.running import QUICK, lose_memory, running
 from support.waiting import wait_until
 
 import shmbroker
-from shmbroker import BadRequest, Broker, GroupInUse, GroupNotExist, Message, MessageTooLarge
+from shmbroker import BadRequest, Broker, ConfigError, GroupInUse, GroupNotExist, Message, MessageTooLarge
 
 SEGMENT = 1 << 20  # QUICK's
 
 
 def names_of(broker: Broker) -> list[str]:
     return [group["name"] for group in broker.groups()]
+
+
+def test_an_empty_path_makes_no_broker_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="name one"):
+        shmbroker.open("")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- groups

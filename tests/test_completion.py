@@ -14,7 +14,7 @@ from support.producing import Told, a_send_waits, bodies_of, count_of, fill_ring
 from support.running import QUICK, room_of, running
 from support.waiting import wait_until
 
-from shmbroker import Broker, BrokerBusy, Message, SendResult, SendStatus, completion
+from shmbroker import BadRequest, Broker, BrokerBusy, Message, SendResult, SendStatus, completion
 
 numbers = itertools.count()
 
@@ -48,6 +48,12 @@ def test_callbacks_are_told_in_the_order_of_the_sends(broker: Broker, topic: str
     assert [record.body for record in records] == [b"%d" % number for number in range(200)]
     assert [result.message_id for result in results] == [record.message_id for record in records]
     assert {result.status for result in results} == {SendStatus.SEND_OK}
+
+
+def test_a_callback_that_could_not_be_told_is_refused_before_anything_is_sent(broker: Broker, topic: str) -> None:
+    with broker.producer("test") as producer, pytest.raises(BadRequest, match="on_success and on_exception"):
+        producer.send_async(Message(topic, b"1"), lambda result: None)  # type: ignore[arg-type]
+    assert records_of(broker, topic) == []
 
 
 def test_what_was_not_stored_is_told_as_an_exception_in_its_turn(broker: Broker, topic: str) -> None:
