@@ -293,11 +293,11 @@ class Broker:
     def _open_files(self) -> tuple[LogReader, ConsumeQueues]:
         self.attach()
         if self._files is None:
-            from shmbroker.store.commit_log import LogReader
             from shmbroker.store.consume_queue import ConsumeQueues
+            from shmbroker.store.serving_reader import ServingReader
 
             store = bytes.fromhex(self._attached.descriptor.store)
-            log = LogReader(self._paths.log, self.config.layout.segment_bytes, store)
+            log = ServingReader(self._paths.log, self.config.layout.segment_bytes, store)
             self._files = log, ConsumeQueues(self._paths.queues, store)
         return self._files
 

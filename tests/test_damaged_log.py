@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import pytest
 from support.consuming import ALL
-from support.processes import processes_of
+from support.processes import Child, processes_of
 from support.running import log_records, running, starts_of, wait_restarted, wait_word, worker_pid
+from support.system_calls import failing
 from support.waiting import wait_until
 
 import shmbroker
@@ -141,6 +142,69 @@ def test_what_the_disk_loses_before_the_dispatcher_has_it_is_not_passed_over_in_
         entries = [queues.read(1, queue_id, 0, COUNT, 1 << 62) for queue_id in range(4)]
         assert [[entry.offset for entry in queue] for queue in entries] == [[*range(COUNT // 4)]] * 4, "no holes"
         queues.close()
+
+
+@pytest.mark.crash
+def test_a_block_that_the_disk_cannot_read_is_damage_to_the_dispatcher_and_no_reason_to_die(tmp_path: Path) -> None:
+    directory = tmp_path / "b"
+    with running(directory, **SETTINGS) as broker:
+        wait_until(lambda: starts_of(broker, "dispatcher"), "the dispatcher")
+        dispatcher = worker_pid(broker, "dispatcher")
+        os.kill(dispatcher, signal.SIGSTOP)
+        send_all(broker)
+        end = broker.region.get("tail")
+        wait_word(broker, "flushed", end)
+        with failing("preadv,preadv2:error=EIO:when=1..20", dispatcher, tmp_path / "calls"):
+            os.kill(dispatcher, signal.SIGCONT)
+            wait_word(broker, "dispatched", end)
+        assert (tmp_path / "calls").read_text().count("EIO") == 20
+        assert broker.status()["damaged_at"] is not None
+        assert starts_of(broker, "dispatcher") == 1
+        assert deliverable(broker, "audit") == (set(range(COUNT)), set()), "the index in memory knows where they are"
+    assert stopped_cleanly(directory)
+    with running(directory, **SETTINGS) as broker:
+        numbers, places = deliverable(broker, "second")
+        assert len(numbers) >= COUNT - 1, "what could not be read is one record, of a message or of the broker's own"
+        assert len(places) == COUNT - len(numbers)
+
+
+@pytest.mark.crash
+def test_a_block_that_the_disk_cannot_read_keeps_its_neighbours_from_no_consumer(tmp_path: Path) -> None:
+    source = """
+        import sys, shmbroker
+        broker = shmbroker.open(sys.argv[1])
+        consumer = broker.simple_consumer("audit", {"orders": "*"})
+        print("ready")
+        sys.stdin.readline()
+        numbers, refused = [], 0
+        while True:
+            try:
+                messages = consumer.receive(100)
+            except shmbroker.CorruptLog as error:
+                refused += "Input/output error" in str(error)
+                break
+            if not messages:
+                break
+            consumer.ack(messages)
+            numbers += [int(message.body.split()[0]) for message in messages]
+        print(len(set(numbers)), refused)
+    """
+    directory = tmp_path / "b"
+    with running(directory, **SETTINGS) as broker:
+        send_all(broker)
+        wait_word(broker, "dispatched", broker.region.get("tail"))
+        with Child(source, directory) as child:
+            assert child.read_line() == "ready"
+            segment = BrokerPaths(directory).log / f"{SEGMENT:020d}"
+            reads = "preadv,preadv2,pread64:error=EIO:when=3+"
+            with failing(reads, child.pid, tmp_path / "calls", segment):
+                child.write_line()
+                received, refused = map(int, child.read_line().split())
+        records = log_records(directory, broker.region.get("flushed"))
+        unreadable = sum(SEGMENT <= record.position < 2 * SEGMENT for record in records)
+        assert refused == 1
+        assert COUNT - unreadable <= received < COUNT, "all but what lies where it cannot be read"
+        assert broker.status()["damaged_at"] is not None
 
 
 def test_a_damaged_file_of_the_consume_queues_is_waited_with_and_the_log_is_stopped_whole(tmp_path: Path) -> None:

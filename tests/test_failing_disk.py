@@ -5,15 +5,11 @@ What the failpoints of tests/test_flusher.py only stand for happens here: strace
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.running import QUICK, receive_all, running, starts_of, worker_pid
-from support.waiting import wait_until
+from support.system_calls import failing
 
 import shmbroker
 from shmbroker import Message, SendStatus
@@ -21,29 +17,6 @@ from shmbroker import Message, SendStatus
 SYNC = {**QUICK, "flush_disk_type": "SYNC_FLUSH", "sync_flush_timeout": 10.0}
 SMALL, LARGE = 100, 150_000  # what is written past the page cache, and what goes through it (store/direct_write.py)
 STORE_OK = 0
-
-
-@contextmanager
-def failing(injection: str, pid: int, log: Path) -> Iterator[None]:
-    """System calls of the process's main thread fail as ``injection`` says (strace -e inject), noted in ``log``."""
-    strace = shutil.which("strace")
-    if strace is None:
-        pytest.skip("needs strace")
-    command = [strace, "-qq", "-o", str(log), "-e", f"inject={injection}", "-p", str(pid)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        try:
-            wait_until(lambda: is_traced(pid) or tracer.poll() is not None, "strace at work")
-            if tracer.poll() is not None:
-                assert tracer.stderr is not None
-                pytest.skip(f"strace cannot attach here: {tracer.stderr.read().strip()}")
-            yield
-        finally:
-            tracer.terminate()
-
-
-def is_traced(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(line for line in status.splitlines() if line.startswith("TracerPid:")).split()[1] != "0"
 
 
 def message(number: int, size: int) -> Message:

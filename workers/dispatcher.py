@@ -16,10 +16,10 @@ from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
 from shmbroker.delivery.upkeep import Upkeep
 from shmbroker.errors import CorruptLog
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
-from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.files import NO_SPACE
 from shmbroker.store.key_index import KeyIndex
+from shmbroker.store.serving_reader import ServingReader
 from shmbroker.workers import common
 
 IDLE_SLEEP: Final = 0.5
@@ -38,7 +38,7 @@ def serve(worker: common.Worker) -> None:
     queues, own_queues = (
         ConsumeQueues(paths.queues, worker.store, writable=True, open_files_max=open_files) for _ in range(2)
     )
-    readers = [LogReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
+    readers = [ServingReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
     indexer = Indexer(region, Source(region, readers[1]), lambda: KeyIndex(paths.index, worker.store, writable=True))
     checkpoints = CheckpointFile(paths.checkpoint)
     last = checkpoints.read() or Checkpoint(worker.store)

@@ -24,9 +24,9 @@ from shmbroker._native._core import Region, decode_record, dispatch_scan, find_r
 from shmbroker.errors import CorruptLog
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, Record, RecordKind, TopicBody
-from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 from shmbroker.store.key_index import KeyIndex
+from shmbroker.store.serving_reader import ServingReader
 
 logger = logging.getLogger("shmbroker.dispatcher")
 
@@ -38,6 +38,7 @@ _OFFERED_MARKS_MAX: Final = 131_072
 _INDEX_BATCH: Final = 2_000
 _COMMIT_ENTRIES: Final = 20_000
 _EPOCH_MAX: Final = 2**32 - 1
+_PAGE_BYTES: Final = 4096
 
 
 class Scan(NamedTuple):
@@ -56,7 +57,7 @@ class Source:
     Not thread-safe, as LogReader is not.
     """
 
-    def __init__(self, region: Region, log: LogReader) -> None:
+    def __init__(self, region: Region, log: ServingReader) -> None:
         self._region = region
         self._log = log
         self._view = region.ring_view()
@@ -101,7 +102,9 @@ class Source:
             # All of the segment at once: a record that a piece cuts in two would not be found.
             data = self._log.window(at, end, segment_bytes)
             found = find_record(data, at, segment_bytes, 0, _EPOCH_MAX) if data else None
-            at += segment_bytes - at % segment_bytes
+            at += len(data)
+            if at % segment_bytes:  # what comes next cannot be read
+                at += _PAGE_BYTES - at % _PAGE_BYTES
         return end if found is None else found[0]
 
     def _scan_ring(self, position: int, size: int, epoch: int) -> Scan | None:
