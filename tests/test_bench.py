@@ -18,13 +18,15 @@ pytestmark = pytest.mark.native
 def test_the_floors_build_and_measure_this_machine(tmp_path: Path) -> None:
     floors = Floors(tmp_path)
     assert floors.append(100, 1, count=1000, ring_bytes=1 << 20) > 0
-    assert floors.sequential_write(1 << 20, 4 << 20) > 0
+    assert floors.sequential_write(1 << 20, 4 << 20, ring_bytes=2 << 20) > 0
     durable = floors.hand_over(100, 2, 0.1)
     assert durable.rate > 0
     assert 0 < durable.p50 <= durable.p99
     for spin in (False, True):
         latency = floors.one_way(2000, 20, spin=spin)
         assert 0 < latency.p50 <= latency.p99
+    apart = floors.one_way(0, 20, apart=True)
+    assert 0 < apart.p50 <= apart.p99
 
 
 def test_the_floor_appends_records_as_large_as_the_brokers() -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -239,6 +240,22 @@ def test_the_writer_waits_for_a_step_of_zeros_and_no_other_follows(tmp_path: Pat
     pool.stop()
     assert taken[0].read(0, BYTES) == b"\xaa" * BYTES, "no zeros over the writer's bytes"
     taken[0].close()
+
+
+def test_the_writer_that_needs_the_disk_has_it_and_the_zeros_come_later(tmp_path: Path) -> None:
+    pool = pool_at(tmp_path)
+    while list_segments(tmp_path) != [0, BYTES, 2 * BYTES, 3 * BYTES]:
+        pool.work()
+    pool.leave_disk_alone()
+    until = pool._busy_until
+    while time.monotonic() < until:
+        did_something = pool.work()
+        assert time.monotonic() >= until or not did_something
+    work_off(pool)
+    segment = pool.take(0)
+    assert segment.filled_to() == segment.end
+    segment.close()
+    pool.stop()
 
 
 def test_the_segment_that_the_writer_enters_is_filled_before_it_starts(tmp_path: Path) -> None:

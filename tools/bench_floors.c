@@ -4,9 +4,11 @@
  *
  *   append   BODY BATCH COUNT RING         records into a ring in memory: robust lock, CRC-32C, copy, one store of tail
  *   prepare  PATH BYTES                    make a zero-filled, synced file for the next two
- *   write    PATH PIECE COUNT              pwrite + fdatasync of consecutive pieces; begins again at the file's end
+ *   write    PATH PIECE COUNT RING         pwrite + fdatasync of consecutive pieces of a ring in memory; begins again at
+ *                                          the ring's and at the file's end
  *   handover PATH BODY PRODUCERS SECONDS   producers append and wait; one flusher process writes, syncs and wakes them
- *   one_way  RATE COUNT SPIN               a stamp handed to another process, which sleeps on a semaphore (or spins)
+ *   one_way  RATE COUNT SPIN APART         a stamp handed to another process, which sleeps on a semaphore (or spins); two
+ *                                          processes on one core hand over faster than two on two cores: APART is the latter
  *
  * Each prints one JSON object. Times are nanoseconds of CLOCK_MONOTONIC.
  */
@@ -15,6 +17,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -209,19 +212,23 @@ static void run_prepare(char **argument) {
 
 static void run_write(char **argument) {
     uint64_t piece = strtoull(argument[1], NULL, 10), count = strtoull(argument[2], NULL, 10);
+    uint64_t ring_pieces = strtoull(argument[3], NULL, 10) / piece;
     int64_t *samples = calloc(count, sizeof *samples);
-    uint8_t *data = malloc(piece);
+    uint64_t *data = shared(piece * ring_pieces);
     struct stat about;
     int file = open(argument[0], O_RDWR | O_CLOEXEC);
     if (file < 0 || fstat(file, &about) != 0) {
         fail(argument[0]);
     }
     uint64_t pieces = (uint64_t)about.st_size / piece;
-    memset(data, 0x5a, piece);
+    for (uint64_t i = 0; i < piece * ring_pieces / sizeof *data; i++) {
+        data[i] = i * 0x9e3779b97f4a7c15ull;
+    }
     int64_t begin = now_ns();
     for (uint64_t i = 0; i < count; i++) {
         int64_t start = now_ns();
-        if (pwrite(file, data, piece, (off_t)(i % pieces * piece)) != (ssize_t)piece || fdatasync(file) != 0) {
+        const uint64_t *source = data + i % ring_pieces * piece / sizeof *data;
+        if (pwrite(file, source, piece, (off_t)(i % pieces * piece)) != (ssize_t)piece || fdatasync(file) != 0) {
             fail("pwrite, fdatasync");
         }
         samples[i] = now_ns() - start;
@@ -363,15 +370,35 @@ typedef struct {
     _Alignas(128) _Atomic uint64_t received;
 } one_way;
 
+/* Keep this process on the first or second core it may use, if there are two. */
+static void stay_on_core(int which) {
+    cpu_set_t allowed, one;
+    CPU_ZERO(&one);
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) {
+        fail("sched_getaffinity");
+    }
+    for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (CPU_ISSET(cpu, &allowed) && seen++ == which) {
+            CPU_SET(cpu, &one);
+            if (sched_setaffinity(0, sizeof one, &one) != 0) {
+                fail("sched_setaffinity");
+            }
+        }
+    }
+}
+
 /* RATE 0: ping-pong, the next stamp goes when the last has arrived. Else RATE stamps a second; the sender sleeps between. */
 static void run_one_way(char **argument) {
     uint64_t rate = strtoull(argument[0], NULL, 10), count = strtoull(argument[1], NULL, 10);
-    int spin = atoi(argument[2]);
+    int spin = atoi(argument[2]), apart = atoi(argument[3]);
     one_way *way = shared(sizeof *way);
     int64_t *samples = shared(sizeof *samples * count);
     sem_init(&way->wake, 1, 0);
     sem_init(&way->ready, 1, 0);
     if (child() == 0) {
+        if (apart) {
+            stay_on_core(1);
+        }
         for (uint64_t i = 0; i < count; i++) {
             if (spin) {
                 while (atomic_load_explicit(&way->sent, memory_order_acquire) == i) {
@@ -387,6 +414,9 @@ static void run_one_way(char **argument) {
             }
         }
         _exit(0);
+    }
+    if (apart) {
+        stay_on_core(0);
     }
     int64_t due = now_ns() + 10000000;
     for (uint64_t i = 0; i < count; i++) {
@@ -421,8 +451,8 @@ int main(int count, char **argument) {
         int arguments;
         void (*run)(char **);
     } floors[] = {
-        {"append", 4, run_append},     {"prepare", 2, run_prepare}, {"write", 3, run_write},
-        {"handover", 4, run_handover}, {"one_way", 3, run_one_way},
+        {"append", 4, run_append},     {"prepare", 2, run_prepare}, {"write", 4, run_write},
+        {"handover", 4, run_handover}, {"one_way", 4, run_one_way},
     };
     for (size_t i = 0; i < sizeof floors / sizeof *floors; i++) {
         if (count > 1 && strcmp(argument[1], floors[i].name) == 0 && count == floors[i].arguments + 2) {

@@ -70,16 +70,16 @@ class Floors:
         """Records per second that one process appends to a ring in memory, ``batch`` of them under one lock."""
         return count / self._seconds("append", body_bytes, batch, count, ring_bytes)
 
-    def sequential_write(self, piece_bytes: int, total_bytes: int) -> float:
-        """Bytes per second of ``pwrite`` + ``fdatasync`` of each piece into a zero-filled file."""
+    def sequential_write(self, piece_bytes: int, total_bytes: int, *, ring_bytes: int) -> float:
+        """Bytes per second of ``pwrite`` + ``fdatasync`` of each piece of a ring in memory into a zero-filled file."""
         self._prepare(min(total_bytes, 1 << 30))
         count = max(1, total_bytes // piece_bytes)
-        return count * piece_bytes / self._seconds("write", self._file, piece_bytes, count)
+        return count * piece_bytes / self._seconds("write", self._file, piece_bytes, count, ring_bytes)
 
     def small_write(self, piece_bytes: int, count: int) -> Latency:
         """Seconds of one ``pwrite`` + ``fdatasync`` of a small piece."""
         self._prepare(64 << 20)
-        return _latency(self._run("write", self._file, piece_bytes, count))
+        return _latency(self._run("write", self._file, piece_bytes, count, piece_bytes))
 
     def hand_over(self, body_bytes: int, producers: int, seconds: float) -> Flushes:
         """Producers append and wait for one flusher process, which commits at once whatever has come meanwhile."""
@@ -89,9 +89,12 @@ class Floors:
         rate = found["count"] / found["elapsed_ns"] * 1e9
         return Flushes(rate, latency.p50, latency.p99, found["count"] / max(1, found["flushes"]))
 
-    def one_way(self, rate: int, count: int, *, spin: bool = False) -> Latency:
-        """From the sender's stamp to the receiver's, who sleeps on a semaphore or spins. Rate 0: one after another."""
-        return _latency(self._run("one_way", rate, count, int(spin)))
+    def one_way(self, rate: int, count: int, *, spin: bool = False, apart: bool = False) -> Latency:
+        """From the sender's stamp to the receiver's, who sleeps on a semaphore or spins. Rate 0: one after another.
+
+        ``apart``: each on a core of its own. Else the scheduler decides, and a ping-pong on one core is much faster.
+        """
+        return _latency(self._run("one_way", rate, count, int(spin), int(apart)))
 
     def _prepare(self, size: int) -> None:
         if self._file_bytes != size:

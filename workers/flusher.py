@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,6 +31,7 @@ STORE_OK: Final = 0  # enum sb_store_state
 STORE_FULL: Final = 1
 STORE_READ_ONLY: Final = 2
 STEP_BYTES: Final = 4 << 20  # of one flush: who waits for its first bytes does not wait for all that came after
+BUSY_BYTES: Final = 1 << 20  # of one flush: from here on the disk is what the log waits for
 IDLE_SLEEP: Final = 0.5
 HOUSEKEEPING_INTERVAL: Final = 0.1
 NO_SPACE_PAUSE: Final = 0.02
@@ -61,6 +63,7 @@ class Flusher:
             worker.config.sync_flush, runtime.flush_least_bytes, runtime.flush_interval_ms / 1000
         )
         self._tick = runtime.worker_tick_ms / 1000
+        self._tails: deque[int] = deque()  # seen, and not yet flushed up to
         self._kept = 0
         self._pool_error: Exception | None = None
         self._next_housekeeping = 0.0
@@ -116,6 +119,8 @@ class Flusher:
         except StoreReadOnly as error:
             self._latch(error)
             return False
+        if end - self._position >= BUSY_BYTES:
+            self._pool.leave_disk_alone()
         self._position = end
         self._region.publish_flushed(end)
         failpoint("flusher.after_publish")
@@ -123,11 +128,17 @@ class Flusher:
         return True
 
     def _end_of_step(self, tail: int) -> int:
-        if tail - self._position <= STEP_BYTES:
-            return tail
+        """About STEP_BYTES away, and behind whole groups: whatever was once the tail ends a group."""
+        reach = self._position + STEP_BYTES
+        self._tails.append(tail)
+        end = 0
+        while self._tails and self._tails[0] <= (reach if end else reach + STEP_BYTES):
+            end = self._tails.popleft()
+        if end > self._position:
+            return end
         start = self._position & (self._region.ring_bytes - 1)
         data = self._view[start : start + tail - self._position]
-        end = group_floor(data, self._position, self._region.segment_bytes, self._position + STEP_BYTES)
+        end = group_floor(data, self._position, self._region.segment_bytes, reach)
         return end if end > self._position else tail
 
     def _latch(self, error: StoreReadOnly) -> None:

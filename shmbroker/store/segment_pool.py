@@ -26,6 +26,7 @@ from shmbroker.store.files import ZERO_STEP_BYTES, sync_directory
 from shmbroker.store.segment import Segment, SegmentError, SegmentHeader, list_segments
 
 RETRY_SECONDS: Final = 1.0
+BUSY_SECONDS: Final = 0.1  # how long no zeros are written after a large write of the log
 FIRST_FILL_SECONDS: Final = 0.1  # the first SYNC_FLUSH send of a new store waits so long, and one gentle step more
 GENTLE_STEP_BYTES: Final = 256 * 1024  # what a small flush meets on its way to the disk
 GENTLE_REST: Final = 4  # and how many times as long the disk is then left alone
@@ -98,6 +99,7 @@ class SegmentPool:
         self._user_capacity = 0
         self._told = (-1, -1)
         self._stopping = False
+        self._busy_until = 0.0
         self._thread: threading.Thread | None = None
         self.full = False  # the disk has no room for what comes after the capacity of now
         self.error: Exception | None = None  # why the last attempt to make a segment failed; None once one succeeded
@@ -181,6 +183,10 @@ class SegmentPool:
             self._retired_to = limit
             self._changed.notify_all()
         return len(bases)
+
+    def leave_disk_alone(self) -> None:
+        """The writer has all the disk for BUSY_SECONDS: large writes gain nothing from zeros, and wait for them."""
+        self._busy_until = time.monotonic() + BUSY_SECONDS
 
     def work(self) -> bool:
         """One piece of work: make, recycle, remove or fill a segment. False if there was none, or no room for it."""
@@ -268,6 +274,8 @@ class SegmentPool:
         return True
 
     def _fill(self) -> bool:
+        if time.monotonic() < self._busy_until:
+            return False
         with self._changed:
             waiting = sorted(self._ready.items())
         step_bytes = GENTLE_STEP_BYTES if self._gentle else ZERO_STEP_BYTES
