@@ -34,7 +34,7 @@ static int passed(const sb_region *r, uint32_t table, const sb_place *place, uin
 
 /* The place of `offset` and the word that is stored there in this life of the table: a CAS of exactly this word fails if the
  * place is another's by then. SB_OK | SB_LOST | SB_NO_SPACE | SB_GONE */
-static int look(const sb_region *r, uint32_t table, uint64_t life, uint64_t offset, sb_place *place, uint64_t *stored)
+static inline int look(const sb_region *r, uint32_t table, uint64_t life, uint64_t offset, sb_place *place, uint64_t *stored)
 {
     int code;
     do {

@@ -61,6 +61,7 @@ cdef class _TagFilter:
         return PyBytes_FromStringAndSize(PyBytes_AS_STRING(record) + SB_RECORD_HEADER, h.tags_bytes) in self.tags
 
 
+@cython.final
 cdef class _Source:
     """One queue as one consumer reads it, with its claim table."""
     cdef Client client
@@ -83,7 +84,7 @@ cdef class _Source:
         cdef sb_queue *queue = sb_queue_at(r, self.queue_slot)
         return sb_load(&queue.state) != SB_SLOT_LIVE or queue.topic_id != self.topic_id or not self.is_current(r)
 
-    cdef bint has_message(self, bytes record, uint64_t offset):
+    cdef bint has_message(self, bytes record, uint64_t offset) noexcept:
         cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
         return (h.kind == SB_KIND_MESSAGE and h.topic_id == self.topic_id and h.queue_id == self.queue_id
                 and h.queue_offset == offset)
