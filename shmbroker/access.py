@@ -6,6 +6,7 @@ is made inside then belongs to. Nothing is ever open to everybody, and only the 
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import stat
@@ -13,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from shmbroker.errors import ConfigError
+from shmbroker.errors import (
+    AttachRefused,
+    ConfigError,
+    DirectoryUnusable,
+    NotReady,
+    ShmBrokerError,
+    StoreFull,
+)
 from shmbroker.naming import BrokerPaths
 
 SETTING: Final = "share_with_group"
@@ -22,6 +30,21 @@ SHARED_FILE: Final = 0o660
 _PRIVATE_DIRECTORY: Final = 0o700
 _SHARED_DIRECTORY: Final = 0o2770  # setgid: what is made inside belongs to the group
 _GROUP_WRITES: Final = 0o020
+
+# What trying again does not change, and what does.
+_UNUSABLE: Final = {
+    errno.ENOENT: "a directory there cannot be made; name another",
+    errno.ENOTDIR: "something on the way to it is no directory; name another",
+    errno.EEXIST: "it is no directory; name another",
+    errno.EISDIR: "a directory stands where a file belongs; name another directory, or remove it",
+    errno.ELOOP: "there is a symbolic link where none may be; name the directory itself, or remove the link",
+    errno.ENAMETOOLONG: "its name is too long; name another",
+    errno.EROFS: "its file system is read-only; mount it writable, or name another",
+    errno.EINVAL: "its file system cannot hold a broker; name a directory on a local disk",
+    errno.EOPNOTSUPP: "its file system cannot hold a broker; name a directory on a local disk",
+    errno.ENODEV: "its file system cannot hold a broker; name a directory on a local disk",
+    errno.EIO: "its disk fails; look at the kernel log, and restore a backup to another",
+}
 
 _shared = False  # this process makes files for a shared directory
 
@@ -43,6 +66,23 @@ def adopt(paths: BrokerPaths) -> None:
     _shared = bool(paths.run.stat().st_mode & _GROUP_WRITES)
     if _shared:
         os.umask(0o007)
+
+
+def explained(error: OSError, paths: BrokerPaths) -> ShmBrokerError:
+    """What an error of the operating system in a broker's directory means: who has to act, and how."""
+    what = f"{paths.directory}: {error.strerror or error}"
+    if error.filename is not None and os.fspath(error.filename) != os.fspath(paths.directory):
+        what += f" ({os.fsdecode(error.filename)})"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return AttachRefused(
+            f"{what}: user {os.geteuid()} may not use it; run as the directory's owner, who may also share it "
+            f"({SETTING}), or name another directory"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(f"{what}; free space there")
+    if error.errno in _UNUSABLE:
+        return DirectoryUnusable(f"{what}: {_UNUSABLE[error.errno]}")
+    return NotReady(f"{what}; try again")
 
 
 def file_mode() -> int:

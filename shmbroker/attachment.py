@@ -94,9 +94,9 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
                 raise  # else it is what a killed broker left, and the next supervisor knows what to do with it
         if attached is not None:
             return attached
-        if time.monotonic() > deadline:
-            raise NotReady(f"the broker of {paths.directory} was not ready within {timeout:g} s: see {paths.run}/*.log")
         holder = process.lock_holder(paths.lock)
+        if time.monotonic() > deadline:
+            raise NotReady(_why_not_ready(paths, holder, timeout))
         if holder == 0 and may_start:
             start_supervisor(paths, wanted, deadline)
         elif holder < 0:
@@ -117,12 +117,27 @@ def await_service(paths: BrokerPaths, attached: Attachment, timeout: float, *, m
     while (state := attached.region.get("state")) == memory.STATE_DRAINING:
         if not attached.is_in_place(paths) or not attached.is_current(paths):
             return False
+        holder = process.lock_holder(paths.lock)
         if time.monotonic() > deadline:
-            raise NotReady(f"the broker of {paths.directory} is stopping, and no other was there within {timeout:g} s")
-        if may_start and process.lock_holder(paths.lock) == 0:  # its supervisor was killed on the way
+            raise NotReady(_why_not_ready(paths, holder, timeout))
+        if may_start and holder == 0:  # its supervisor was killed on the way
             start_supervisor(paths, Config.of(attached.descriptor.settings), deadline)
         time.sleep(_POLL_SECONDS)
     return bool(state == memory.STATE_RUNNING)
+
+
+def _why_not_ready(paths: BrokerPaths, holder: int, timeout: float) -> str:
+    """What was waited for, and who can do something about it."""
+    place = paths.directory
+    if holder > 0:
+        return (
+            f"process {holder} is starting or stopping the broker of {place}, not ready within {timeout:.3g} s: "
+            f"{paths.worker_log('supervisor')} says how far it is; `ps` shows if it is stopped"
+        )
+    return (
+        f"nobody serves {place}, and nobody came within {timeout:.3g} s: start `shmbroker serve -d {place}` again; "
+        "what the broker has accepted is kept"
+    )
 
 
 def _is_abandoned(paths: BrokerPaths) -> bool:
@@ -239,7 +254,7 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int:
         if may_start and process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
             start_supervisor(paths, settings, deadline, armed=False)
         time.sleep(_POLL_SECONDS)
-    raise NotReady(f"no supervisor came to life within {OPEN_TIMEOUT:g} s: see {paths.run}/*.log")
+    raise NotReady(_why_not_ready(paths, process.lock_holder(paths.lock), OPEN_TIMEOUT))
 
 
 def is_owner(paths: BrokerPaths) -> bool:
@@ -275,7 +290,7 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         if write_fd >= 0:
             os.close(write_fd)
     if "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
-        _raise_reported(outcome)
+        _raise_reported(outcome, paths)
 
 
 def _read_report(fd: int, deadline: float) -> dict[str, Any]:
@@ -301,10 +316,10 @@ def _parse_report(text: str) -> dict[str, Any]:
         return {"error": "NotReady", "message": f"the supervisor failed: {last} (run by {python})"}
 
 
-def _raise_reported(outcome: Mapping[str, Any]) -> None:
+def _raise_reported(outcome: Mapping[str, Any], paths: BrokerPaths) -> None:
     """Raise here what the supervisor met there."""
     name, message = str(outcome["error"]), str(outcome["message"])
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
-        raise kind(message)
-    raise NotReady(f"the supervisor failed: {name}: {message}")
+        raise kind(message if str(paths.directory) in message else f"{message} (in {paths.directory})")
+    raise NotReady(f"the supervisor failed: {name}: {message}; {paths.worker_log('supervisor')} has more")

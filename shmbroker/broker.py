@@ -7,16 +7,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
-from shmbroker import failpoint
+from shmbroker import access, failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
-from shmbroker.errors import AttachRefused, BadRequest, BrokerClosed, ConfigError, GroupNotExist, TopicNotExist
+from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
 from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def open(  # noqa: A001 - as in gzip.open
 
     ``config`` is a TOML file instead of ``directory/broker.toml``; ``settings`` are single settings, times in float
     seconds. Raises ConfigError (a setting is wrong), ConfigConflict (the broker runs with another value),
-    AttachRefused, LayoutMismatch, NotEnoughMemory, CorruptLog, StoreFull, and NotReady after ``timeout`` seconds.
+    AttachRefused, DirectoryUnusable, LayoutMismatch, NotEnoughMemory, CorruptLog, StoreFull, and NotReady after
+    ``timeout`` seconds.
     """
     failpoint.arm_from_environment("client")
     if not os.fspath(directory):
@@ -51,8 +53,8 @@ def open(  # noqa: A001 - as in gzip.open
     try:
         wanted = load(paths.directory, config, settings)
         return Broker(paths, connect(paths, wanted, timeout))
-    except PermissionError as error:
-        raise AttachRefused(f"{paths.directory} belongs to another user, who does not share it: {error}") from error
+    except OSError as error:
+        raise access.explained(error, paths) from error
 
 
 class Broker:
@@ -90,16 +92,7 @@ class Broker:
         Raises BrokerClosed (handle closed, directory removed or moved) and NotReady (no running broker within the send
         timeout).
         """
-        with self._lock:
-            if self._closed:
-                raise BrokerClosed("this broker handle was closed")
-            attached = self._attached
-            if attached.is_gone():
-                attached.close()
-                if not attached.is_in_place(self._paths):
-                    raise BrokerClosed(f"{self.directory} was removed or moved while it was open: open it anew")
-                self._connect(self.config.runtime.send_timeout_ms / 1000)
-            return self._attached.client
+        return self._attach_by(time.monotonic() + self.config.runtime.send_timeout_ms / 1000)
 
     def attach_serving(self, timeout: float) -> Client:
         """As ``attach``, but to a broker that accepts sends: waits, at most ``timeout`` seconds, while one is stopping.
@@ -107,15 +100,39 @@ class Broker:
         The client is the same if the broker goes on with the same memory.
         """
         deadline = time.monotonic() + timeout
-        with self._lock:
+        with self._locked_by(deadline):
             attached = self._attached
             if not self._closed and not attached.is_gone():
-                if await_service(self._paths, attached, timeout, may_start=self._may_start(attached)):
+                left = max(0.0, deadline - time.monotonic())
+                if await_service(self._paths, attached, left, may_start=self._may_start(attached)):
                     return attached.client
                 if attached.is_in_place(self._paths):
                     attached.close()
-                    self._connect(max(0.0, deadline - time.monotonic()))
-            return self.attach()
+            return self._attach_by(deadline)
+
+    def _attach_by(self, deadline: float) -> Client:
+        with self._locked_by(deadline):
+            if self._closed:
+                raise BrokerClosed("this broker handle was closed")
+            attached = self._attached
+            if attached.is_gone():
+                attached.close()
+                if not attached.is_in_place(self._paths):
+                    raise BrokerClosed(f"{self.directory} was removed or moved while it was open: open it anew")
+                self._connect(max(0.0, deadline - time.monotonic()))
+            return self._attached.client
+
+    @contextmanager
+    def _locked_by(self, deadline: float) -> Iterator[None]:
+        """One thread at a time attaches; who waits behind it has a deadline of its own."""
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise NotReady(
+                f"another thread still waits for the broker of {self.directory}: nobody serves it, or not yet"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # ---- what applications use
 

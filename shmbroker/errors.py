@@ -25,7 +25,8 @@ ShmBrokerError
 │   ├── StoreFull         the disk has no room for more; consumers go on, sending resumes by itself
 │   ├── StoreReadOnly     a write or fdatasync failed (EIO): nothing more is promised
 │   ├── CorruptLog        damage inside the log, with its exact place
-│   └── NotEnoughMemory   /dev/shm too small; says need, free and the setting
+│   ├── NotEnoughMemory   /dev/shm too small; says need, free and the setting
+│   └── DirectoryUnusable no broker can work in that directory: read-only, no directory, not to be made
 ├── AckNotDurable         the acknowledgement stands in memory, and is not known to be on the disk
 ├── NeedsRestart          this handle is of no more use; open again
 │   ├── LayoutMismatch    memory made by another version or build
@@ -63,7 +64,7 @@ class BrokerBusy(Retryable):
 
 
 class NotReady(Retryable):
-    """The broker did not reach its running state in time."""
+    """The broker did not reach its running state in time. The message says what it waits for, or who starts it."""
 
 
 class BadRequest(ShmBrokerError, ValueError):
@@ -164,6 +165,10 @@ class CorruptLog(NeedsOperator):
 
 class NotEnoughMemory(NeedsOperator):
     """/dev/shm cannot hold the broker's memory."""
+
+
+class DirectoryUnusable(NeedsOperator):
+    """No broker can work in that directory, now or later: it cannot be made, is none, or is on a read-only disk."""
 
 
 class NeedsRestart(ShmBrokerError):

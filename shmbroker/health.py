@@ -25,6 +25,7 @@ STORE_STATES: Final = {0: "ok", 1: "full", 2: "read-only"}
 VISIBLE_AFTER: Final = {0: "append", 1: "flush", 2: "replicate"}
 WORDS: Final = ("tail", "flushed", "dispatched", "indexed", "snapshot", "kept", "user_capacity", "system_capacity")
 EXPECTED_ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor")
+ABANDONED: Final = "abandoned"
 RING_NEARLY_FULL: Final = 0.9
 MANY_STARTS: Final = 5
 
@@ -75,6 +76,8 @@ def of_running(region: Region, descriptor: Descriptor, paths: BrokerPaths) -> di
         "memory": memory_use(descriptor),
         "disk": disk_use(paths),
     }
+    if not any(worker["alive"] for worker in health["workers"] if worker["role"] == "supervisor"):
+        health["state"] = ABANDONED if health["state"] == "running" else f"{ABANDONED} while {health['state']}"
     health["findings"] = findings(health)
     return health
 
@@ -92,7 +95,10 @@ def of_stopped(paths: BrokerPaths) -> dict[str, Any]:
 def findings(health: dict[str, Any]) -> list[str]:
     """What is wrong, and what to do about it: a sentence each."""
     found: list[str] = []
-    if health["state"] != "running":
+    abandoned = health["state"].startswith(ABANDONED)
+    if abandoned:
+        found.append(_abandoned(health))
+    elif health["state"] != "running":
         found.append(f"the broker is {health['state']}; run/supervisor.log in the directory says why")
     store = health["store"]
     if store["state"] != "ok":
@@ -104,7 +110,7 @@ def findings(health: dict[str, Any]) -> list[str]:
             "`shmbroker log repair`, which cuts the log there and keeps a copy"
         )
     roles = {worker["role"]: worker for worker in health["workers"]}
-    for role in EXPECTED_ROLES:
+    for role in () if abandoned else EXPECTED_ROLES:
         worker = roles.get(role)
         if worker is None or not worker["alive"]:
             found.append(f"the {role} is not running; the supervisor restarts it, run/{role}.log says why it died")
@@ -121,6 +127,21 @@ def findings(health: dict[str, Any]) -> list[str]:
     if health["ring"]["fill"] > RING_NEARLY_FULL:
         found.append("the ring is nearly full of what is not on the disk yet: the disk is slower than the producers")
     return found
+
+
+def _abandoned(health: dict[str, Any]) -> str:
+    """Its supervisor was killed, and nobody restarts a worker: who starts the next one?"""
+    place = health["directory"]
+    if health["embedded"] and any(client["process_state"] != "dead" for client in health["clients"]):
+        return "its supervisor was killed; a client that has it open is starting another: look again in a second"
+    who = "any program that opens the directory" if health["embedded"] else "its process manager, or you,"
+    remedy = f"{who} starts another: `shmbroker serve -d {place}`"
+    if not health["embedded"]:
+        remedy += "; a program that newly opens the directory does so, too, and embeds it then"
+    return (
+        f"its supervisor was killed, and nobody works for it: {remedy}. What was sent is kept in memory; clients can "
+        "send until the ring is full"
+    )
 
 
 def _damage(region: Region) -> int | None:

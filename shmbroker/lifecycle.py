@@ -243,13 +243,3 @@ def abandon(paths: BrokerPaths, held: Held) -> None:
     if held.region.get("state") == memory.STATE_STARTING:
         memory.remove(paths, held.descriptor)
     held.close()
-
-
-def live_clients(region: Region) -> int:
-    """Processes attached, or just attaching, and alive: stopped ones, but no dead ones that the janitor has to meet."""
-    return sum(
-        process.is_alive(process.Identity(client["pid"], client["start_ticks"]))
-        if client["live"]
-        else process.exists(client["pid"])
-        for client in region.clients()
-    )

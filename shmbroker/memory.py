@@ -328,3 +328,18 @@ def _check_access(descriptor: os.stat_result, name: str, found: os.stat_result) 
 def is_formatted(control_fd: int) -> bool:
     """False while, or because, the memory is only half made: its magic is stored last."""
     return len(os.pread(control_fd, 8, 0).strip(b"\0")) > 0
+
+
+# ---- who lives ----------------------------------------------------------------------------------------------------
+
+
+def living_clients(region: Region) -> list[dict[str, Any]]:
+    """Processes attached, or just attaching, and alive: stopped ones, but no dead ones that the janitor has to meet."""
+    return [client for client in region.clients() if is_living(client)]
+
+
+def is_living(entry: Mapping[str, Any]) -> bool:
+    """Of a client or a worker of ``region``. A client that is just joining has no start ticks yet."""
+    if entry.get("live", True):
+        return process.is_alive(process.Identity(entry["pid"], entry["start_ticks"]))
+    return process.exists(entry["pid"])

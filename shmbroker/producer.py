@@ -154,8 +154,9 @@ class Producer(ProducerCore):
     ) -> None:
         """Append now; tell ``callback``, in the order of a thread's sends, when the message is as durable as promised.
 
-        Waits only for room in the ring, or for callbacks to return if very many are due. Raises BadRequest, and
-        BrokerBusy if none has returned within the timeout; what happens later reaches ``on_exception``.
+        Waits for room in the ring, for a broker that restarts, and for callbacks to return if very many are due; at
+        most ``timeout`` seconds. Raises BadRequest, and BrokerBusy if no callback has returned; the rest (NotReady too)
+        reaches ``on_exception``.
         """
         if callback is not None and not (hasattr(callback, "on_success") and hasattr(callback, "on_exception")):
             raise BadRequest(f"callback = {callback!r}: an object with the methods on_success and on_exception")

@@ -16,7 +16,7 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from shmbroker import memory, process
 from shmbroker._native._core import FINGERPRINT, Region
@@ -88,16 +88,9 @@ def _holds_nothing(control_fd: int, ring: Path) -> bool:
 
 def is_used(region: Region) -> bool:
     """Whether a worker or a client lives that works on it."""
-    return any(map(_is_alive, [*region.workers(), *region.clients()]))
+    return any(map(memory.is_living, [*region.workers(), *region.clients()]))
 
 
 def is_written(region: Region) -> bool:
     """Whether the log has all of it: messages, and what was acknowledged."""
     return region.get("tail") == region.get("flushed") and not region.progress_records(only_changed=True)
-
-
-def _is_alive(entry: dict[str, Any]) -> bool:
-    """Of a worker or client: a client that was just joining has no start ticks yet."""
-    if entry.get("live", True):
-        return process.is_alive(process.Identity(entry["pid"], entry["start_ticks"]))
-    return process.exists(entry["pid"])

@@ -16,6 +16,7 @@ from support.served import served
 from shmbroker import errors
 from shmbroker.tools.cli import COMMANDS, HIDDEN, cli
 from shmbroker.tools.exit_codes import ExitCode, exit_code
+from shmbroker.workers.common import Exit
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -60,10 +61,10 @@ def test_an_output_that_cannot_be_written_is_called_so(tmp_path: Path, arguments
 
 def test_the_exit_codes_are_those_of_the_documents() -> None:
     text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
-    documented = {
-        int(code) for row in re.findall(r"^\| ([\d, ]+) \|", text, flags=re.MULTILINE) for code in row.split(",")
-    }
-    assert documented == {int(code) for code in ExitCode}
+    _, of_commands, of_workers = re.split(r"^\| code \| of .*$", text, flags=re.MULTILINE)
+    for table, codes in ((of_commands, ExitCode), (of_workers, Exit)):
+        rows = re.findall(r"^\| (\d+) \| (.*) \|$", table, flags=re.MULTILINE)
+        assert rows == [(f"{code:d}", code.meaning) for code in codes]
 
 
 def test_every_error_of_the_library_has_an_exit_code_that_says_what_to_do() -> None:

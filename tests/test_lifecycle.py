@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -356,17 +354,6 @@ def test_a_broker_that_lost_its_memory_recovers_from_the_log_in_a_new_epoch(dire
         assert broker.region.get("epoch") == epoch + 1
         (topic,) = broker.topics()
         assert sum(queue["next_offset"] for queue in topic["queues"]) == 1
-
-
-def test_a_second_supervisor_is_refused_and_the_first_goes_on(broker: Broker, directory: Path) -> None:
-    first = supervisor_of(directory)
-    second = subprocess.run(
-        [sys.executable, "-m", "shmbroker.workers.supervisor", str(directory)], capture_output=True, timeout=20
-    )
-    assert second.returncode == os.EX_TEMPFAIL
-    assert b"another supervisor serves" in second.stderr
-    assert supervisor_of(directory) == first
-    assert body_at(broker, send(broker, b"still here")) == b"still here"
 
 
 def test_to_lose_the_race_for_a_directory_is_no_error_for_the_opener(broker: Broker, directory: Path) -> None:

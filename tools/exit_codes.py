@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Self
 
 from shmbroker import errors
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``shmbroker``."""
+    """Exit codes of ``shmbroker``, each with its meaning; ``serve`` and ``worker`` have those of workers/common.py."""
 
-    OK = 0
-    FINDING = 1  # done, and something is wrong: damage, a difference, an unhealthy broker, nothing found
-    USAGE = 2  # the command line is wrong, or the request can never succeed
-    RETRY_LATER = 3  # busy, not ready, timed out
-    OPERATOR = 4  # a person has to act: disk full, read-only store, corrupt log, not enough memory
-    REFUSED = 5  # another's right stands against it
-    NOT_SERVED = 6  # no broker serves this directory, or it has gone away
-    INTERNAL = 70  # a fault of shmbroker itself
-    INTERRUPTED = 130  # Ctrl-C
-    TERMINATED = 143  # SIGTERM
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Self:
+        made = int.__new__(cls, code)
+        made._value_ = code
+        made.meaning = meaning
+        return made
+
+    OK = 0, "done"
+    FINDING = 1, "done, and something was found: damage, a lost message, a difference, an unhealthy broker"
+    USAGE = 2, "the command line is wrong, or the request can never succeed"
+    RETRY_LATER = 3, "retry later: busy, not ready, timed out"
+    OPERATOR = 4, "a person has to act: disk full, read-only store, corrupt log, not enough memory, unusable directory"
+    REFUSED = 5, "refused: another user, another namespace, another setting or subscription"
+    NOT_SERVED = 6, "not served: no broker runs for this directory, or it has gone away"
+    INTERNAL = 70, "a fault of shmbroker; please report it"
+    INTERRUPTED = 130, "left because of Ctrl-C"
+    TERMINATED = 143, "left because of SIGTERM"
 
 
 # The first class that matches decides; the order is that of the tree in errors.py, leaves before branches.
@@ -40,7 +49,6 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (errors.BrokerBusy, "try again; `shmbroker status` shows what holds it up"),
     (errors.TopicNotExist, "`shmbroker topic list` shows those that exist"),
     (errors.GroupNotExist, "`shmbroker group list` shows those that exist"),
-    (errors.NotReady, "try again in a moment; the workers' logs are in run/ of the directory"),
     (errors.ReceiptExpired, "the message will be delivered again; a longer --invisible gives more time"),
     (errors.StoreFull, "free space on that disk; sending resumes by itself"),
     (errors.StoreReadOnly, "look at the kernel log, back up to another disk, replace the disk, start the broker again"),

@@ -37,7 +37,7 @@ def serve(session: Session, config: Path | None) -> None:
     Settings come from the environment and from broker.toml in the directory. SIGTERM or Ctrl-C: what is in memory is
     flushed, the workers leave. For supervisord and systemd: docs/operations.md.
     """
-    _become("supervisor", session.directory, config)
+    _become("supervisor", session.paths.directory, config)
 
 
 @click.command()
@@ -63,13 +63,12 @@ def worker(session: Session, role: str, config: Path | None) -> None:
         session.chosen = config if config.is_dir() else config.resolve().parent
     if role != "supervisor" and not session.directory.is_dir():
         raise Failure(f"{session.directory} does not exist; start the supervisor first", ExitCode.NOT_SERVED)
-    _become(role, session.directory, config if config is not None and config.is_file() else None)
+    _become(role, session.paths.directory, config if config is not None and config.is_file() else None)
 
 
 def _become(role: str, directory: Path, config: Path | None) -> NoReturn:
-    command = interpreter.command(f"shmbroker.workers.{role}", str(directory.resolve()))
+    command = interpreter.command(f"shmbroker.workers.{role}", str(directory))
     if role == "supervisor":
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         command += ["--config", str(config.resolve())] if config is not None else []
     environment = interpreter.environment()
     os.chdir("/")

@@ -43,7 +43,10 @@ class Session:
 
     @property
     def paths(self) -> BrokerPaths:
-        return BrokerPaths(self.directory.resolve())
+        try:
+            return BrokerPaths(self.directory.resolve())
+        except RuntimeError as error:
+            raise Failure(f"{self.directory}: {error}; name the directory itself", ExitCode.USAGE) from error
 
     def require_directory(self) -> BrokerPaths:
         """The paths of a directory that a broker has written to before; a mistyped name must not make a new broker."""

@@ -41,7 +41,7 @@ def status(session: Session) -> int:
         console.print_json(health)
     else:
         _draw(health, running=found is not None)
-    if found is None:
+    if found is None or health["state"].startswith(health_of.ABANDONED):
         return ExitCode.NOT_SERVED
     return ExitCode.FINDING if health["findings"] else ExitCode.OK
 

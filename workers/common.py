@@ -26,25 +26,43 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, Self
 
 from shmbroker import access, failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor
+from shmbroker.directory import DirectoryTaken
 from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
 from shmbroker.naming import BrokerPaths
 
-# Exit codes, from sysexits.h. The supervisor restarts a worker whatever it says; a person reads them.
-EXIT_OK: Final = os.EX_OK
-EXIT_USAGE: Final = os.EX_USAGE  # bad arguments
-EXIT_NO_BROKER: Final = os.EX_UNAVAILABLE  # no running broker in that directory
-EXIT_BUG: Final = os.EX_SOFTWARE  # an exception nobody expected; the log has its traceback
-EXIT_STORE: Final = os.EX_IOERR  # the store, the memory or the log needs an operator
-EXIT_ROLE_TAKEN: Final = os.EX_TEMPFAIL  # another process works in that role or serves that directory
-EXIT_CONFIG: Final = os.EX_CONFIG  # a setting is wrong
+
+class Exit(IntEnum):
+    """How the supervisor and the workers leave: the codes of sysexits.h.
+
+    The supervisor restarts a worker whatever it says; people and process managers read them. docs/operations.md has
+    this table.
+    """
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Self:
+        made = int.__new__(cls, code)
+        made._value_ = code
+        made.meaning = meaning
+        return made
+
+    OK = os.EX_OK, "stopped cleanly, as told"
+    USAGE = os.EX_USAGE, "the command line is wrong"
+    NO_BROKER = os.EX_UNAVAILABLE, "no broker runs there, or its supervisor has died"
+    BUG = os.EX_SOFTWARE, "a fault of shmbroker; the log has its traceback"
+    STORE = os.EX_IOERR, "a person has to act: the message says why; what is not on the disk is kept in memory"
+    TAKEN = os.EX_TEMPFAIL, "another process serves the directory or has the role"
+    CONFIG = os.EX_CONFIG, "a setting is wrong"
+
 
 SLEEP_IDLE: Final = 1  # any append ends the sleep
 SLEEP_TICK: Final = 2  # only urgent work ends it
@@ -97,12 +115,12 @@ def run(role: str, serve: Callable[[Worker], None], argv: Sequence[str] | None =
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as leaving:  # argparse has said why
-        return EXIT_OK if leaving.code == 0 else EXIT_USAGE
+        return Exit.OK if leaving.code == 0 else Exit.USAGE
     paths = BrokerPaths(arguments.directory.resolve())
     set_process_name(f"shmb-{role}")
     if _supervisor() == 0 and not paths.run.is_dir():
         print(f"{role}: no broker runs in {paths.directory}: start `shmbroker serve` first", file=sys.stderr)
-        return EXIT_NO_BROKER
+        return Exit.NO_BROKER
     paths = paths.enter() if _supervisor() == 0 else paths.entered()
     access.adopt(paths)
     start_log(role, paths)
@@ -124,13 +142,15 @@ def exit_code(error: Exception) -> int:
     """The exit code that says who has to act."""
     match error:
         case ConfigError():
-            return EXIT_CONFIG
+            return Exit.CONFIG
+        case DirectoryTaken():
+            return Exit.TAKEN
         case NotReady():
-            return EXIT_NO_BROKER
+            return Exit.NO_BROKER
         case ShmBrokerError():
-            return EXIT_STORE
+            return Exit.STORE
         case _:
-            return EXIT_BUG
+            return Exit.BUG
 
 
 def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int:
@@ -143,7 +163,7 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
             logging.getLogger(f"shmbroker.{role}").info("another process is the %s: waiting for its end", role)
             waiting = True
         if _told_to_leave():
-            return EXIT_ROLE_TAKEN  # nothing was finished here
+            return Exit.TAKEN  # nothing was finished here
         if process.has_ended(supervisor):
             raise NotReady("the supervisor has died")
     # Memory can be replaced only by a supervisor that has seen all role locks free. So while this one lives, and from
@@ -162,7 +182,7 @@ def _work(role: str, serve: Callable[[Worker], None], paths: BrokerPaths) -> int
         raise NotReady(f"{paths.directory} is being removed")
     serve(worker)
     worker.log.info("left, %s", "the supervisor has died" if worker.orphaned else "as told")
-    return EXIT_NO_BROKER if worker.orphaned else EXIT_OK
+    return Exit.NO_BROKER if worker.orphaned else Exit.OK
 
 
 def attach(paths: BrokerPaths, timeout: float) -> tuple[Region, Descriptor, int]:

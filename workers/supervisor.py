@@ -18,25 +18,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from shmbroker import access, failpoint, memory, process
+from shmbroker import access, directory, failpoint, memory
 from shmbroker._native._core import Region, set_process_name
 from shmbroker.config import Config, load
-from shmbroker.errors import AttachRefused, NotReady, ShmBrokerError
+from shmbroker.directory import DirectoryTaken
 from shmbroker.fleet import WORKERS, Fleet
 from shmbroker.footing import Footing, Vanished
 from shmbroker.memory import Held
 from shmbroker.naming import BrokerPaths
 from shmbroker.workers import common
 
-LOCK_TIMEOUT: Final = 30.0  # seconds for a predecessor that is just stopping, or about to
 LOOK_SECONDS: Final = 0.1  # so often are clients counted, and directory and memory looked at
 TORN_SECONDS: Final = 0.5  # who removes the directory part by part is given so long to finish
 
 log = logging.getLogger("shmbroker.supervisor")
-
-
-class DirectoryTaken(NotReady):
-    """Another supervisor serves the directory: for an opener no error, but somebody to attach to."""
 
 
 class Supervisor:
@@ -48,6 +43,10 @@ class Supervisor:
         self._embedded = embedded
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._stop_requested = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop_requested
 
     def request_stop(self) -> None:
         """Make ``serve`` stop the broker. Safe in a signal handler."""
@@ -106,15 +105,13 @@ class Supervisor:
 
     def _stay(self, region: Region, fleet: Fleet, footing: Footing, grace: float) -> Vanished | None:
         """Keep the workers running until told to stop, or (embedded) until nobody is attached; or: what vanished."""
-        from shmbroker.lifecycle import live_clients
-
         last_seen = time.monotonic()
         while not self._stop_requested:
             fleet.wait(LOOK_SECONDS, self._wake_read)
             if (vanished := footing.vanished()) is not None:  # first: nobody is to be started where nothing is left
                 return vanished
             fleet.restart_dead()
-            if not self._embedded or live_clients(region):
+            if not self._embedded or memory.living_clients(region):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
                 break
@@ -133,11 +130,11 @@ class Supervisor:
         if vanished not in (Vanished.REMOVED, Vanished.MOVED):
             if shutdown.drain(held, self._paths, fleet):
                 log.info("stopped")
-                return None if vanished is not None and not self._stop_requested else common.EXIT_OK
+                return None if vanished is not None and not self._stop_requested else common.Exit.OK
             vanished = footing.vanished()  # perhaps that is why
         if vanished in (Vanished.REMOVED, Vanished.MOVED):
             shutdown.desert(held, self._paths, fleet, removed=vanished is Vanished.REMOVED)
-        return common.EXIT_STORE
+        return common.Exit.STORE
 
 
 def _settled(footing: Footing) -> Vanished:
@@ -150,53 +147,18 @@ def _settled(footing: Footing) -> Vanished:
 
 def _nobody_comes(region: Region) -> bool:
     """Refuse senders, then count again: a client that attached at the last moment is served on."""
-    from shmbroker.lifecycle import live_clients
-
     region.set("state", memory.STATE_DRAINING)
-    if live_clients(region):
+    if memory.living_clients(region):
         region.set("state", memory.STATE_RUNNING)
         return False
     return True
-
-
-def enter(paths: BrokerPaths) -> BrokerPaths:
-    """Make the directory if there is none, and go there. Raises AttachRefused if it is another's.
-
-    To whom the memory would belong, and who then could not remove it.
-    """
-    paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    inside = paths.enter()
-    owner = inside.root.stat().st_uid
-    if owner != os.geteuid():
-        raise AttachRefused(
-            f"{paths.directory} belongs to user {owner}, this process runs as user {os.geteuid()}: start the broker as "
-            "the directory's owner"
-        )
-    return inside
-
-
-def take_directory(paths: BrokerPaths) -> process.DirectoryLock:
-    """The directory's lock, for life. Raises DirectoryTaken if another supervisor serves it."""
-    lock = process.DirectoryLock(paths)
-    if not lock.acquire(LOCK_TIMEOUT if _is_stopping(paths) else 0.0):
-        raise DirectoryTaken(f"another supervisor serves {paths.directory}")
-    failpoint.failpoint("supervisor.locked")
-    return lock
-
-
-def _is_stopping(paths: BrokerPaths) -> bool:
-    try:
-        attached = memory.attach(paths)
-    except ShmBrokerError:  # what a killed broker left
-        return False
-    return attached is not None and attached[0].get("state") in (memory.STATE_DRAINING, memory.STATE_STOPPED)
 
 
 def detach() -> None:
     """Become nobody's child and lead a session: the opener is not to be bothered with our exit, nor we with its end."""
     os.setsid()
     if os.fork():
-        os._exit(common.EXIT_OK)
+        os._exit(common.Exit.OK)
 
 
 def report(fd: int | None, outcome: dict[str, Any]) -> None:
@@ -216,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as leaving:
-        return common.EXIT_OK if leaving.code == 0 else common.EXIT_USAGE
+        return common.Exit.OK if leaving.code == 0 else common.Exit.USAGE
     paths = BrokerPaths(arguments.directory.absolute())
     if arguments.embedded is not None:
         detach()
@@ -226,29 +188,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(paths, arguments.config, arguments.embedded)
     except Exception as error:  # whatever it is, the opener and stderr are told
         failure = error
-    print(f"shmbroker: {failure}", file=sys.stderr)
-    if isinstance(failure, DirectoryTaken):
-        report(arguments.embedded, {"taken": True})
-        return common.EXIT_ROLE_TAKEN
-    report(arguments.embedded, {"error": type(failure).__name__, "message": str(failure)})
+    if isinstance(failure, OSError):
+        failure = access.explained(failure, paths)
+    _complain(str(failure))
+    taken = isinstance(failure, DirectoryTaken)  # for an opener no error, but somebody to attach to
+    outcome = {"taken": True} if taken else {"error": type(failure).__name__, "message": str(failure)}
+    report(arguments.embedded, outcome)
     return common.exit_code(failure)
+
+
+def _complain(text: str) -> None:
+    print(f"shmbroker: {text}", file=sys.stderr, flush=True)
 
 
 def _run(paths: BrokerPaths, file: Path | None, report_fd: int | None) -> int:
     failpoint.arm_from_environment("supervisor")
     config = load(paths.directory, file) if report_fd is None else Config.of(json.load(sys.stdin))
-    paths = enter(paths)
-    lock = take_directory(paths)
-    common.start_log("supervisor", paths, to_stderr=report_fd is None)
-    supervisor = Supervisor(paths, config, embedded=report_fd is not None)
+    embedded = report_fd is not None
+    paths = directory.enter(paths)
+    supervisor = Supervisor(paths, config, embedded=embedded)
     common.leave_on_signals(supervisor.request_stop)
+    tell = (lambda _: None) if embedded else _complain
     try:
+        lock = directory.take(paths, embedded=embedded, tell=tell, give_up=lambda: supervisor.stopping)
+    except DirectoryTaken:
+        if supervisor.stopping:
+            return common.Exit.OK
+        raise
+    try:
+        failpoint.failpoint("supervisor.locked")
+        common.start_log("supervisor", paths, to_stderr=not embedded)
         access.arrange(paths, memory.group_in_force(paths, config))
         access.adopt(paths)
         code = supervisor.serve(lambda: report(report_fd, {"ready": True}))
         while code is None and lock.show():
             code = supervisor.serve(lambda: None)
-        return common.EXIT_ROLE_TAKEN if code is None else code
+        return common.Exit.TAKEN if code is None else code
     except Exception:
         log.exception("cannot serve")
         raise

@@ -334,13 +334,13 @@ class ProducerCore:
         sharding_key: str | bytes | None = None, queue_id: int | None = None, dedup_key: str | bytes | None = None,
     ) -> SendResult:
         """Append, wait for the promised durability, answer. ``timeout`` (send_timeout by default) bounds the wait for lock
-        and room: BrokerBusy, nothing stored. Raises MessageIllegal, MessageTooLarge, TopicNotExist, NoPermission,
+        and room: BrokerBusy, and for a broker that restarts: NotReady; nothing stored. Raises MessageIllegal, MessageTooLarge, TopicNotExist, NoPermission,
         QueueNotExist, StoreFull, StoreReadOnly, BrokerClosed, ForkedHandleError: in all of them nothing was stored."""
     def send_oneway(
         self, message: Message, *, selector: Callable[[Sequence[int], Message, Any], int] | None = None,
         argument: Any = None, sharding_key: str | bytes | None = None, queue_id: int | None = None,
     ) -> None:
-        """Append and ask for nothing more."""
+        """Append and ask for nothing more. Waits as ``send`` does for lock, room and a broker that restarts: NotReady."""
     def send_batch(
         self, messages: Iterable[Message], timeout: float | None = None, *,
         selector: Callable[[Sequence[int], Message, Any], int] | None = None, argument: Any = None,

@@ -59,7 +59,7 @@ cdef class Client:
             raise _errors.ForkedHandleError(
                 "this handle was made before a fork; in the child, ask the Broker for a new producer or consumer")
         if self.closed:
-            raise _errors.BrokerClosed("this handle was closed")
+            raise _errors.BrokerClosed("this handle was closed, or the broker that it was attached to has stopped")
         return self.region.open()
 
     cdef void enter(self):

@@ -303,10 +303,22 @@ cdef class ProducerCore:
             lambda left: self.send_once(result, message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
     def send_oneway(self, Message message not None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
-        self.store(SendResult.__new__(SendResult), message, None, selector, argument, sharding_key, queue_id, None)
+        cdef SendResult result = SendResult.__new__(SendResult)
+        try:
+            self.store(result, message, None, selector, argument, sharding_key, queue_id, None)
+        except _errors.BrokerClosed:
+            self._store_again(result, message, None, selector, argument, sharding_key, queue_id, None)
 
     def _store_only(self, Message message not None, timeout, selector, argument, sharding_key, queue_id, dedup_key):
-        return self.store(SendResult.__new__(SendResult), message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        cdef SendResult result = SendResult.__new__(SendResult)
+        try:
+            return self.store(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+        except _errors.BrokerClosed:
+            return self._store_again(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+
+    def _store_again(self, SendResult result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key):
+        return self._send_again(
+            lambda left: self.store(result, message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
     @staticmethod
     def _settle(SendResult result not None, int64_t deadline_ns):
