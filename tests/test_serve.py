@@ -188,9 +188,11 @@ def test_a_directory_that_cannot_be_used_is_named_with_the_remedy_and_nobody_is_
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")
 def test_a_read_only_file_system_is_told_as_such(tmp_path: Path) -> None:
-    with api.open(tmp_path / "broker", **SMALL) as broker, broker.producer("p") as producer:
-        producer.send(Message("orders", b"x"))
-        kill_all(tmp_path / "broker")
+    with Child(EMBEDS, tmp_path / "broker", SMALL) as program:
+        assert program.read_line() == "open"
+        with api.open(tmp_path / "broker") as broker, broker.producer("p") as producer:
+            producer.send(Message("orders", b"x"))
+    kill_all(tmp_path / "broker")  # the program is dead already: nobody is left who would start it again
     code = "import shmbroker, sys\ntry: shmbroker.open(sys.argv[1], timeout=5.0)\nexcept Exception as e: print(repr(e))"
     mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", str(tmp_path), COMMAND[0], "-c", code]
