@@ -64,6 +64,9 @@ class RecordKind(IntEnum):
     SNAPSHOT_BEGIN = 7
     SNAPSHOT_END = 8
     IDS = 9
+    TIMER = 10
+    FIRED = 11
+    RECALL = 12
 
 
 class RecordFlag(IntFlag):

@@ -102,7 +102,10 @@ enum sb_kind {
     SB_KIND_SNAPSHOT_BEGIN = 7, /* JSON: what follows up to the matching end restores everything (R4) */
     SB_KIND_SNAPSHOT_END = 8,
     SB_KIND_IDS = 9,            /* binary: ids of dedup keys, in a snapshot (R17) */
-    SB_KIND_LAST = 9
+    SB_KIND_TIMER = 10,         /* a message in no queue yet. queue_offset: CLOCK_REALTIME ns at which it is due */
+    SB_KIND_FIRED = 11,         /* binary: positions of TIMER records whose messages are in this group of records */
+    SB_KIND_RECALL = 12,        /* binary: the position of a TIMER record that is not to fire */
+    SB_KIND_LAST = 12
 };
 
 #define SB_FLAG_GROUP 0x01u /* one of several records published together; the first carries group_bytes */
