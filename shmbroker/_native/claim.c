@@ -3,6 +3,15 @@
  * FREE --take--> HELD --ack--> ACKED --base passes--> FREE (next lap)
  *   ^              | release, expiry, death of the holder: the attempts stay (release: minus this one)
  *   +--------------+
+ *
+ * HELD without a deadline is prefetched: not delivered yet, so its attempt is not counted (R10). Another member takes it over
+ * by CAS; whoever starts it, by CAS, counts the attempt and sets the deadline, and calls the listener just behind that. What
+ * a kill leaves:
+ *
+ *   prefetched, taken over ── reaped, uncounted: nobody was shown the message
+ *   started                ── reaped, counted: the listener may have run
+ *   listener has returned  ── the same: delivered again
+ *   acked                  ── done
  */
 #include "claim.h"
 
@@ -85,8 +94,17 @@ uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms)
     return due;
 }
 
-int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
-                  sb_claim *claim)
+/* Who prefetches stores the claim and then looks at the hint; who takes the hint down looks at the claims behind it. */
+void sb_claim_note_prefetched(sb_claims *c)
+{
+    sb_fence_behind_cas();
+    if (!sb_load(&c->prefetched)) {
+        sb_store(&c->prefetched, 1);
+    }
+}
+
+static int take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
+                int prefetched, sb_claim *claim)
 {
     sb_claims *c = sb_claims_at(r, table);
     sb_place place;
@@ -96,22 +114,37 @@ int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, 
         return code;
     }
     uint64_t w = stored ^ place.binding;
-    if (!available(r, life, w, offset, now_ms)) {
+    if (prefetched ? !sb_claim_is_prefetched(w) : !available(r, life, w, offset, now_ms)) {
         return SB_LOST;
     }
-    uint32_t attempts = sb_claim_attempts(w);
-    uint64_t held = sb_claim_word(SB_CLAIM_HELD, slot + 1, attempts < SB_CLAIM_ATTEMPTS_MAX ? attempts + 1 : attempts,
-                                  sb_claim_generation(w) + 1, deadline_ms);
+    uint32_t before = sb_claim_attempts(w);
+    uint32_t attempts = deadline_ms && before < SB_CLAIM_ATTEMPTS_MAX ? before + 1 : before;
+    uint64_t held = sb_claim_word(SB_CLAIM_HELD, slot + 1, attempts, sb_claim_generation(w) + 1, deadline_ms);
     if (!sb_cas(place.word, &stored, held ^ place.binding)) {
         return SB_LOST;
     }
-    SB_FAILPOINT(claim_taken); /* a kill leaves a claim that nobody was told of: reaped, the attempt counts */
-    sb_claim_note_deadline(c, deadline_ms);
-    if (attempts) {
-        sb_add(&c->redelivered, 1);
+    SB_FAILPOINT(claim_taken); /* a kill leaves a claim that nobody was told of: reaped, the attempt counts unless prefetched */
+    if (!deadline_ms) {
+        sb_claim_note_prefetched(c);
+    } else {
+        sb_claim_note_deadline(c, deadline_ms);
+        if (before) {
+            sb_add(&c->redelivered, 1);
+        }
     }
     *claim = (sb_claim){.offset = offset, .word = held};
     return SB_OK;
+}
+
+int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
+                  sb_claim *claim)
+{
+    return take(r, table, life, offset, slot, now_ms, deadline_ms, 0, claim);
+}
+
+int sb_claim_take_over(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t deadline_ms, sb_claim *claim)
+{
+    return take(r, table, life, offset, slot, 0, deadline_ms, 1, claim);
 }
 
 int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
@@ -135,16 +168,18 @@ int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
     return SB_OK;
 }
 
-/* Whoever took the hint down before it could see these claims, since they lay behind `next`, is made good here. */
+/* Whoever took a hint down before it could see these claims, since they lay behind `next`, is made good here. */
 void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms)
 {
     sb_claims *c = sb_claims_at(r, table);
     uint64_t wanted = sb_claims_next_word(life, offset), next = sb_load(&c->next);
     while (((next ^ wanted) & SB_CLAIMS_NEXT_LIFE) == 0 && next < wanted && !sb_cas(&c->next, &next, wanted)) {
     }
+    sb_fence();
     if (deadline_ms) {
-        sb_fence();
         sb_claim_note_deadline(c, deadline_ms);
+    } else {
+        sb_claim_note_prefetched(c);
     }
 }
 
@@ -211,6 +246,36 @@ uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64
     }
     if (found == count) { /* perhaps not all were looked at */
         sb_claim_note_deadline(c, due);
+    }
+    return found;
+}
+
+/* As with `released`: the hint goes down before the walk, and up again if the walk has left any behind. */
+uint32_t sb_claim_prefetched(sb_region *r, uint32_t table, uint64_t *offsets, uint32_t count)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    if (!sb_load(&c->prefetched)) {
+        return 0;
+    }
+    (void)atomic_exchange_explicit(&c->prefetched, 0, memory_order_acq_rel);
+    sb_fence_behind_cas();
+    uint32_t found = 0;
+    uint64_t offset;
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &offset, &place) && sb_claim_is_prefetched(sb_load(place.word) ^ place.binding)) {
+            found = insert_sorted(offsets, found, count, offset);
+        }
+    }
+    uint64_t base = sb_load(&c->base), end = sb_claims_next_offset(c);
+    end = end > base + r->limits.claim_window ? base + r->limits.claim_window : end;
+    for (offset = base; offset < end && found < count; offset++) {
+        if (sb_claim_is_prefetched(sb_load(sb_claim_place(r, c, offset)))) {
+            offsets[found++] = offset;
+        }
+    }
+    if (found) {
+        sb_store(&c->prefetched, 1); /* there may be more, and these may stay prefetched */
     }
     return found;
 }
@@ -292,8 +357,31 @@ int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t recei
     return code;
 }
 
+int sb_claim_start(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms, sb_claim *started)
+{
+    if (!sb_claim_is_prefetched(receipt) || !deadline_ms) {
+        return SB_GONE;
+    }
+    sb_claims *c = sb_claims_at(r, table);
+    sb_place place;
+    uint32_t before = sb_claim_attempts(receipt);
+    uint64_t held = sb_claim_word(SB_CLAIM_HELD, slot + 1, before < SB_CLAIM_ATTEMPTS_MAX ? before + 1 : before,
+                                  sb_claim_generation(receipt) + 1, deadline_ms);
+    int code = change(r, table, offset, receipt, slot, held, &place);
+    if (code != SB_OK) {
+        return code;
+    }
+    SB_FAILPOINT(claim_started); /* a kill leaves a counted attempt, though the listener has not been called */
+    sb_claim_note_deadline(c, deadline_ms);
+    if (before) {
+        sb_add(&c->redelivered, 1);
+    }
+    *started = (sb_claim){.offset = offset, .word = held};
+    return SB_OK;
+}
+
 int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
 {
     uint32_t attempts = sb_claim_attempts(receipt);
-    return give_back(r, table, offset, receipt, slot, attempts ? attempts - 1 : 0);
+    return give_back(r, table, offset, receipt, slot, attempts && !sb_claim_is_prefetched(receipt) ? attempts - 1 : attempts);
 }

@@ -39,6 +39,7 @@ static inline int sb_claim_expired(uint64_t held, uint32_t now_ms)
     uint32_t deadline = sb_claim_deadline(held);
     return deadline != 0 && (int32_t)(now_ms - deadline) >= 0;
 }
+static inline int sb_claim_is_prefetched(uint64_t w) { return sb_claim_state(w) == SB_CLAIM_HELD && sb_claim_deadline(w) == 0; }
 /* When a claim made now for `invisible_ms` ends: never early (the clock was cut to whole ms), never 0. */
 static inline uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
 {
@@ -98,11 +99,18 @@ void sb_claims_format(sb_region *r, uint32_t table, uint64_t base);
 /* Only look. SB_OK | SB_NOT_FOUND. */
 int sb_claims_find(const sb_region *r, uint32_t group, uint32_t queue, uint32_t *table);
 
-/* Claim `offset` (known to hold a visible message) for client slot `slot` until `deadline_ms` (0: no deadline). The
- * attempts of the result count this delivery. SB_OK | SB_LOST: somebody else has it or had it | SB_NO_SPACE: beyond the
+/* Claim `offset` (known to hold a visible message) for client slot `slot` until `deadline_ms`; the attempts of the result
+ * count this delivery. deadline_ms 0: prefetched, not delivered yet: neither deadline nor attempt (R10). SB_OK | SB_LOST: somebody else has it or had it | SB_NO_SPACE: beyond the
  * window | SB_GONE: this life of the table is over. `now_ms`: an expired claim is taken over. */
 int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms, uint32_t deadline_ms,
                   sb_claim *claim);
+/* The same for a claim that somebody, this process included, has prefetched and not begun: it is `slot`'s from now on. */
+int sb_claim_take_over(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t deadline_ms, sb_claim *claim);
+/* Offsets that are prefetched, oldest first, at most `count`. Costs one load when there are none. Overflow included. */
+uint32_t sb_claim_prefetched(sb_region *r, uint32_t table, uint64_t *offsets, uint32_t count);
+/* Just before the listener is called: the prefetched claim becomes a delivery, with its attempt counted and a deadline; the
+ * result's word is the new receipt. As sb_claim_ack; SB_GONE: another member has taken it over. */
+int sb_claim_start(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms, sb_claim *started);
 /* Straight to ACKED, without a delivery: a filtered-out message. SB_OK | SB_LOST | SB_NO_SPACE | SB_GONE. */
 int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset);
 /* Offsets that were claimed before and can be had again (released or expired), oldest first, at most `count`. Costs two
@@ -111,9 +119,11 @@ uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64
 /* Hint: the table's earliest deadline; may be too early, never too late, but for a claimer that was stopped before it came
  * here. The claim was stored by a CAS before. 0: none. */
 void sb_claim_note_deadline(sb_claims *c, uint32_t deadline_ms);
+/* Hint: some claims are prefetched. */
+void sb_claim_note_prefetched(sb_claims *c);
 /* Take the hint down if its time has come: it is returned, and the caller looks at all claims that are held. 0: not yet. */
 uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms);
-/* Hint: next >= offset from now on. deadline_ms: of the claims that the caller took on the way (0: none). */
+/* Hint: next >= offset from now on. deadline_ms: of the claims that the caller took on the way (0: it has prefetched). */
 void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms);
 /* Where a search for fresh messages begins. */
 uint64_t sb_claim_next(const sb_region *r, uint32_t table);
@@ -124,7 +134,7 @@ int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt
 /* New deadline; the result's word is the new receipt, the old one is void. deadline_ms 0: give it back now, as if it had
  * expired (the attempt counts); then there is no new receipt. */
 int sb_claim_renew(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms, sb_claim *renewed);
-/* Give back without counting the attempt (never shown to the application). */
+/* Give back without counting the attempt (never shown to the application); a prefetched one has none. */
 int sb_claim_release(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot);
 
 /* Move the base over all that is acked, by try-lock; finishes what a dead holder of the claim lock left. To be called

@@ -66,8 +66,8 @@ static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, u
         c->group_id = sb_group_at(r, group)->group_id;
         c->topic_id = sb_queue_at(r, queue)->topic_id;
         c->queue_id = sb_queue_at(r, queue)->queue_id;
-        sb_word *zero[] = {&c->released, &c->deadline_ms, &c->reset_generation, &c->moving_slot, &c->delivered,
-                           &c->acked,    &c->redelivered, &c->refused};
+        sb_word *zero[] = {&c->released,    &c->deadline_ms, &c->prefetched,  &c->reset_generation,
+                           &c->moving_slot, &c->delivered,   &c->acked,       &c->redelivered, &c->refused};
         for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
             sb_store(zero[z], 0);
         }

@@ -100,6 +100,8 @@ static void put_up_hint(sb_claims *c, uint64_t w)
 {
     if (sb_claim_state(w) == SB_CLAIM_FREE) {
         sb_store(&c->released, 1);
+    } else if (sb_claim_is_prefetched(w)) {
+        sb_store(&c->prefetched, 1);
     } else {
         sb_claim_note_deadline(c, sb_claim_deadline(w));
     }
@@ -186,7 +188,7 @@ typedef struct {
     uint32_t slot;   /* give back what this slot holds; SB_NIL: nobody's */
     uint32_t now_ms; /* give back what has expired by now, if `expire` */
     int expire;
-    uint32_t given_back, claimable;
+    uint32_t given_back, claimable, prefetched;
     uint32_t earliest; /* deadline, 0 none */
 } walk;
 
@@ -202,7 +204,9 @@ static void visit(const sb_region *r, uint32_t table, uint64_t offset, const sb_
     case SB_CLAIM_HELD:
         if ((v->slot != SB_NIL && sb_claim_holder(w) == v->slot + 1) || (v->expire && sb_claim_expired(w, v->now_ms))) {
             v->given_back += (uint32_t)sb_cas(place->word, &stored, freed(r, life, w, offset) ^ place->binding);
-        } else if (sb_claim_deadline(w) && (!v->earliest || (int32_t)(sb_claim_deadline(w) - v->earliest) < 0)) {
+        } else if (sb_claim_is_prefetched(w)) {
+            v->prefetched++;
+        } else if (!v->earliest || (int32_t)(sb_claim_deadline(w) - v->earliest) < 0) {
             v->earliest = sb_claim_deadline(w);
         }
         break;
@@ -248,6 +252,9 @@ static void put_up_hints(sb_claims *c, const walk *v)
 {
     if (v->given_back || v->claimable) {
         sb_store(&c->released, 1);
+    }
+    if (v->prefetched) {
+        sb_store(&c->prefetched, 1);
     }
     sb_claim_note_deadline(c, v->earliest);
 }

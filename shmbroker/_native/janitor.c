@@ -135,7 +135,7 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expi
         uint32_t next = SB_NIL;
         *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), thorough, &next);
         *next_ms = next < *next_ms ? next : *next_ms;
-        if (sb_load(&claims->released) || sb_claim_next(r, i) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
+        if (sb_load(&claims->released) || sb_load(&claims->prefetched) || sb_claim_next(r, i) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
             wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
         }
     }

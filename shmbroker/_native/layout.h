@@ -314,7 +314,8 @@ typedef struct {
 /* Claims of one group in one queue (R9).
  * word, from the lowest bit: state 2 | slot + 1: 12 | attempts 8 | generation 10 | deadline 32 (ms of CLOCK_MONOTONIC, wrapping)
  *   FREE: nobody has it; the deadline field holds the lap (offset / window, with the table's incarnation folded in), so that
- *         a late claimer cannot take the word for another offset, or for one of another group or queue. HELD: claimed by `slot` until `deadline` (0: prefetched, no deadline).
+ *         a late claimer cannot take the word for another offset, or for one of another group or queue. HELD: claimed by `slot` until `deadline`
+ *         (0: prefetched, not delivered: the attempts do not count this claim, another member may take it over).
  *   MOVING: an append decides about it, nobody else may change it; with slot field 0xfff: the claim went to the overflow
  *         table. ACKED: done, the deadline field holds the lap; the base may pass it.
  */
@@ -332,6 +333,7 @@ typedef struct {
     sb_word next;                   /* hint: first offset never claimed << 12 | incarnation's last 12 bits; grows, by CAS */
     sb_word released;               /* hint: some words below next are FREE */
     sb_word deadline_ms;            /* hint: earliest deadline, 0 none */
+    sb_word prefetched;             /* hint: some claims are held without a deadline, for an idle member to take over */
     sb_word reset_generation;       /* R14 */
     sb_word moving_slot;            /* claim lock: overflow slot + 1 being filled (repair) */
     sb_word delivered, acked, redelivered, refused; /* statistics */

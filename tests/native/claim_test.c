@@ -132,7 +132,7 @@ static void the_claims_of_a_dead_slot_and_only_those_are_given_back(void)
 {
     setup(0, 100);
     uint64_t offsets[8];
-    (void)take(0, 1, 0);
+    (void)take(0, 1, LATER);
     sb_claim kept = take(1, 2, LATER);
     (void)take(2, 1, LATER);
     CHECK_EQ(sb_claims_reap(&region, table, 1), 2);
