@@ -333,7 +333,9 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
         sb_mutex_unlock(&r->control->locks.append);
         return code;
     }
-    sb_id_note_client(r, client, items, count);
+    if (!(options & SB_APPEND_SYSTEM)) { /* ids in there are of older sends, whose results must not change */
+        sb_id_note_client(r, client, items, count);
+    }
     SB_FAILPOINT(append_effects);
     sb_store(&m->tail, p.end); /* SYNC: tail. From here on the append exists: a kill below is repaired forwards */
     SB_FAILPOINT(append_published);

@@ -280,8 +280,9 @@ uint32_t sb_claim_prefetched(sb_region *r, uint32_t table, uint64_t *offsets, ui
     return found;
 }
 
-/* CAS the claim named by `receipt` to `desired`. Answers SB_OK and where it was. */
-static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint64_t desired, sb_place *place)
+static uint64_t moving_form(uint64_t receipt) { return (receipt & ~SB_CLAIM_STATE_MASK) | SB_CLAIM_MOVING; }
+
+int sb_claim_locate(const sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, sb_place *place)
 {
     if (sb_claim_state(receipt) != SB_CLAIM_HELD || sb_claim_holder(receipt) != slot + 1) {
         return SB_GONE;
@@ -291,22 +292,20 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
         if (find_place(r, table, offset, place) != SB_OK) {
             return SB_GONE;
         }
-        uint64_t stored = receipt ^ place->binding;
-        if (sb_cas(place->word, &stored, desired ^ place->binding)) {
-            return SB_OK;
-        }
-        if (passed(r, table, place, offset)) {
+        uint64_t w = sb_load(place->word) ^ place->binding;
+        if (w != receipt && passed(r, table, place, offset)) {
             continue; /* look in the overflow table */
         }
-        uint64_t w = stored ^ place->binding;
-        if (sb_claim_left_window(r, life, w, offset)) { /* its entry is whole, though the base may not be behind it yet */
+        if (w != receipt && sb_claim_left_window(r, life, w, offset)) { /* its entry is whole, though the base may not be behind it yet */
             if (sb_overflow_find(r, table, offset, place) != SB_OK) {
                 return SB_GONE;
             }
-            stored = receipt ^ place->binding;
-            return sb_cas(place->word, &stored, desired ^ place->binding) ? SB_OK : SB_GONE;
+            w = sb_load(place->word) ^ place->binding;
         }
-        if (w != ((receipt & ~SB_CLAIM_STATE_MASK) | SB_CLAIM_MOVING)) {
+        if (w == receipt) {
+            return SB_OK;
+        }
+        if (w != moving_form(receipt)) {
             return SB_GONE;
         }
         sb_pause(); /* an append is about to decide about this very claim */
@@ -314,12 +313,25 @@ static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receip
     return SB_AGAIN;
 }
 
+/* CAS the claim named by `receipt` to `desired`. Answers SB_OK and where it was. */
+static int change(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint64_t desired, sb_place *place)
+{
+    for (;;) { /* it changes its place once at most, and is decided about by one append */
+        int code = sb_claim_locate(r, table, offset, receipt, slot, place);
+        if (code != SB_OK) {
+            return code;
+        }
+        uint64_t stored = receipt ^ place->binding;
+        if (sb_cas(place->word, &stored, desired ^ place->binding)) {
+            return SB_OK;
+        }
+    }
+}
+
 int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
 {
     sb_place place;
-    uint32_t lap = sb_claim_lap(r, sb_load(&sb_claims_at(r, table)->state), offset);
-    uint64_t acked = sb_claim_word(SB_CLAIM_ACKED, 0, sb_claim_attempts(receipt), sb_claim_generation(receipt), lap);
-    int code = change(r, table, offset, receipt, slot, acked, &place);
+    int code = change(r, table, offset, receipt, slot, sb_claim_acked(r, sb_load(&sb_claims_at(r, table)->state), receipt, offset), &place);
     if (code != SB_OK) {
         return code;
     }

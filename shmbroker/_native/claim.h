@@ -59,6 +59,11 @@ static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t life, uint64_t 
 {
     return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window)) ^ (uint32_t)sb_claims_incarnation(life) * 0x9e3779b1u;
 }
+/* What the acknowledgement of a claim leaves in its word. */
+static inline uint64_t sb_claim_acked(const sb_region *r, uint64_t life, uint64_t receipt, uint64_t offset)
+{
+    return sb_claim_word(SB_CLAIM_ACKED, 0, sb_claim_attempts(receipt), sb_claim_generation(receipt), sb_claim_lap(r, life, offset));
+}
 /* sb_claims.next, so that a slow process does not move the hint of a later life. 52 bits are enough for any offset. */
 #define SB_CLAIMS_NEXT_LIFE 0xfffull
 static inline uint64_t sb_claims_next_word(uint64_t life, uint64_t offset)
@@ -147,7 +152,9 @@ int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t life, uint64_t want
 int sb_claims_try_lock(sb_region *r, uint32_t table);
 
 /* Janitor. Both set the hints that make receivers look; the caller wakes the group where the answer is not 0. */
-uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot); /* give back all claims of a dead slot */
+/* Give back all claims of a dead slot. *undecided: claims that an append of the dead was deciding about; once the append lock
+ * has been repaired they are decided, or the dead slot's again: reap it once more. */
+uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot, uint32_t *undecided);
 /* If a deadline is over, or `thorough`, look at every claim: give back what has expired, mend hints and the base. *next_ms:
  * until the next deadline, SB_NIL none. */
 uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int thorough, uint32_t *next_ms);
@@ -158,6 +165,13 @@ int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms);
  * named below the base (overflow) and, if they were ever delivered, above it. Returns how many runs there are; writes at
  * most `room`. A loose snapshot: exact once nobody claims or acks. */
 uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base, sb_progress_run *runs, uint32_t room);
+/* The same for one offset that is to be ACKED: short, true whatever other records say or are lost, enough to make the table anew. */
+#define SB_ONE_ACK_RUNS 32u
+typedef struct {
+    sb_progress progress;
+    sb_progress_run run[SB_ONE_ACK_RUNS]; /* the first run_count of them */
+} sb_one_ack;
+void sb_claims_one_ack(const sb_region *r, uint32_t table, uint64_t offset, sb_one_ack *body);
 /* How many claims are held now; the oldest of them and its slot: who keeps the base back. */
 uint32_t sb_claims_held(const sb_region *r, uint32_t table, uint64_t *oldest, uint32_t *holder);
 /* Recovery, nobody else attached: merge one progress body into the table. `created`: the table says nothing yet. SB_OK |

@@ -1,5 +1,6 @@
 /* claim_progress.c: a claim table as runs of offsets, and back (R14). Drawn in layout.h at sb_progress. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "claim.h"
 #include "overflow.h"
@@ -94,6 +95,50 @@ uint32_t sb_claims_runs(sb_region *r, uint32_t table, uint64_t *base_out, sb_pro
         }
     }
     return sorted.count;
+}
+
+/* Insert into what is sorted by offset; of more than `room` the oldest stay. */
+static void keep_oldest(sb_progress_run *runs, uint32_t *count, uint32_t room, sb_progress_run run)
+{
+    if (*count == room && runs[room - 1].first <= run.first) {
+        return;
+    }
+    uint32_t i = *count < room ? (*count)++ : room - 1;
+    for (; i > 0 && runs[i - 1].first > run.first; i--) {
+        runs[i] = runs[i - 1];
+    }
+    runs[i] = run;
+}
+
+/* Replay merges it with whatever else there is about this table, or makes the table of it if there is nothing: so it must
+ * not call anything acked that is not. Below its base that is what lies in the overflow table: named here, or, when it is
+ * too much, kept out by a base that is lower than the table's. To say less than is acked is never wrong. */
+void sb_claims_one_ack(const sb_region *r, uint32_t table, uint64_t offset, sb_one_ack *body)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    sb_progress_run oldest[SB_ONE_ACK_RUNS] = {{.first = 0}};
+    uint32_t count = 0;
+    uint64_t base = sb_load(&c->base), other; /* before the entries, as in sb_claims_runs */
+    sb_place place;
+    for (uint32_t i = 0; sb_load(&c->overflowed) && i < r->limits.overflow_claims; i++) {
+        if (sb_overflow_live(r, table, i, &other, &place) && other < base && other != offset) {
+            uint64_t w = overflow_claim(&place);
+            if (sb_claim_state(w) != SB_CLAIM_ACKED) {
+                keep_oldest(oldest, &count, SB_ONE_ACK_RUNS,
+                            (sb_progress_run){.first = other, .count = 1, .attempts = (uint16_t)sb_claim_attempts(w), .kind = SB_RUN_UNACKED});
+            }
+        }
+    }
+    if (count == SB_ONE_ACK_RUNS) {
+        base = oldest[--count].first;
+    }
+    memcpy(body->run, oldest, sizeof oldest);
+    if (offset >= base) {
+        body->run[count++] = (sb_progress_run){.first = offset, .count = 1, .kind = SB_RUN_ACKED};
+    }
+    body->progress = (sb_progress){.group_id = c->group_id, .topic_id = c->topic_id, .queue_id = (uint16_t)c->queue_id,
+                                   .version = SB_PROGRESS_VERSION, .base = base, .run_count = count,
+                                   .reset_generation = (uint32_t)sb_load(&c->reset_generation)};
 }
 
 uint32_t sb_claims_held(const sb_region *r, uint32_t table, uint64_t *oldest, uint32_t *holder)

@@ -188,7 +188,7 @@ typedef struct {
     uint32_t slot;   /* give back what this slot holds; SB_NIL: nobody's */
     uint32_t now_ms; /* give back what has expired by now, if `expire` */
     int expire;
-    uint32_t given_back, claimable, prefetched;
+    uint32_t given_back, claimable, prefetched, undecided;
     uint32_t earliest; /* deadline, 0 none */
 } walk;
 
@@ -219,6 +219,7 @@ static void visit(const sb_region *r, uint32_t table, uint64_t offset, const sb_
         }
         break;
     default:
+        v->undecided += v->slot != SB_NIL && sb_claim_holder(w) == v->slot + 1;
         break;
     }
 }
@@ -259,9 +260,10 @@ static void put_up_hints(sb_claims *c, const walk *v)
     sb_claim_note_deadline(c, v->earliest);
 }
 
-uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
+uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot, uint32_t *undecided)
 {
     sb_claims *c = sb_claims_at(r, table);
+    *undecided = 0;
     if (!sb_claims_is_live(sb_load(&c->state))) {
         return 0;
     }
@@ -269,6 +271,7 @@ uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot)
     walk v = {.slot = slot};
     walk_table(r, table, &v);
     put_up_hints(c, &v);
+    *undecided = v.undecided;
     return v.given_back;
 }
 

@@ -27,6 +27,7 @@
     X(claim_reserved, "claim.reserved")           /* overflow: entry reserved, word as it was */                      \
     X(claim_moving, "claim.moving")               /* overflow: entry filled, word marked, entry not live */           \
     X(claim_moved, "claim.moved")                 /* overflow: entry live, base not moved */                          \
+    X(move_appended, "move.appended")             /* copy and ack are there, base old, nobody posted */               \
     X(flushed_stored, "flushed.stored")           /* flushed new, nobody posted */
 
 enum sb_failpoint_id {

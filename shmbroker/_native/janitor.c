@@ -57,16 +57,19 @@ static void wake_for(sb_region *r, const sb_claims *claims)
     }
 }
 
-/* Give back what `slot` holds, in one group or (SB_NIL) in all. */
-static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group)
+/* Give back what `slot` holds, in one group or (SB_NIL) in all. *undecided: see sb_claims_reap. */
+static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group, uint32_t *undecided)
 {
     uint32_t released = 0;
+    *undecided = 0;
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
         if (!sb_claims_is_live(sb_load(&claims->state)) || (group != SB_NIL && claims->group_slot != group)) {
             continue;
         }
-        released += sb_claims_reap(r, i, slot);
+        uint32_t moving;
+        released += sb_claims_reap(r, i, slot, &moving);
+        *undecided += moving;
         sb_claim_base(r, i);
         if (sb_load(&claims->released)) {
             wake_for(r, claims);
@@ -77,7 +80,8 @@ static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group)
 
 uint32_t sb_group_give_back(sb_region *r, uint32_t group, uint32_t slot)
 {
-    return group < r->limits.groups && slot < r->limits.clients ? give_back(r, slot, group) : 0;
+    uint32_t undecided; /* of another thread of the caller's, which knows what becomes of them */
+    return group < r->limits.groups && slot < r->limits.clients ? give_back(r, slot, group, &undecided) : 0;
 }
 
 int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *released)
@@ -98,7 +102,11 @@ int sb_client_reap(sb_region *r, uint32_t slot, uint32_t generation, uint32_t *r
         return SB_GONE; /* it came to life, or went, since we looked */
     }
     (void)sb_append_lock_check(r);
-    *released = give_back(r, slot, SB_NIL);
+    uint32_t undecided;
+    *released = give_back(r, slot, SB_NIL, &undecided);
+    if (undecided) {
+        return SB_AGAIN; /* whoever has the append lock now repairs it first; the slot stays DEAD and is met again */
+    }
     for (uint32_t i = 0; i < r->limits.groups; i++) {
         sb_group_leave(r, i, slot);
     }

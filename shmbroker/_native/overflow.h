@@ -12,6 +12,9 @@ typedef struct {
     uint64_t owner;     /* the entry's owner word as it was seen: freeing it is a CAS of exactly this */
 } sb_place;
 
+/* Where the claim named by `receipt` stands at this moment: for a CAS of exactly `receipt ^ binding`. SB_OK | SB_GONE: it is
+ * over, or not of this slot | SB_AGAIN: an append decides about it, and does not finish. In claim.c. */
+int sb_claim_locate(const sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, sb_place *place);
 /* The entry of (table, offset), to be asked when the base has passed it or its word in the window is marked as moved: then
  * the entry is whole, even if it is not live yet. SB_OK | SB_NOT_FOUND. */
 int sb_overflow_find(const sb_region *r, uint32_t table, uint64_t offset, sb_place *place);

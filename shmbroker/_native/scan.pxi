@@ -98,7 +98,7 @@ def scan_ids(data, position, epoch, segment_bytes):
     try:
         walk = make_walk(&view, position, epoch, segment_bytes, False)
         while sb_walk_next(&walk, &record) == SB_OK:
-            if record.kind == SB_KIND_MESSAGE and not record.flags & SB_FLAG_DEDUP:
+            if record.kind == SB_KIND_MESSAGE and not record.flags & SB_FLAG_DEDUP and record.attempts == 0:  # a send's own
                 ids.append((record.incarnation, record.sequence, record.position))
         return ids, walk.position, walk.epoch
     finally:

@@ -131,7 +131,7 @@ static void a_kill_at_any_edge_loses_nothing_and_repeats_no_ack(void)
             int point[] = {failpoint_named(edges[e]), passes[p]};
             sb_claim blocker = take(0, 1, FAR); /* makes the window fill, so that claims move */
             CHECK_EQ(check_wait(check_fork(crash_consumer, point)), -SIGKILL);
-            (void)sb_claims_reap(&region, table, 7);
+            (void)sb_claims_reap(&region, table, 7, &undecided);
             uint32_t next;
             (void)sb_claims_expire(&region, table, NOW, 1, &next);
             CHECK_EQ(sb_claim_ack(&region, table, 0, blocker.word, 1), SB_OK);
@@ -199,7 +199,7 @@ static void kills_at_random_moments_lose_nothing(void)
         }
         CHECK(kill(pid, SIGKILL) == 0);
         CHECK_EQ(check_wait(pid), -SIGKILL);
-        (void)sb_claims_reap(&region, table, 7);
+        (void)sb_claims_reap(&region, table, 7, &undecided);
         CHECK_EQ(sb_claim_ack(&region, table, 0, blocker.word, 1), SB_OK);
         acked_by[0]++;
         consume_all(2, CRASH_MESSAGES, 0);

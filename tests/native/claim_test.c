@@ -135,8 +135,8 @@ static void the_claims_of_a_dead_slot_and_only_those_are_given_back(void)
     (void)take(0, 1, LATER);
     sb_claim kept = take(1, 2, LATER);
     (void)take(2, 1, LATER);
-    CHECK_EQ(sb_claims_reap(&region, table, 1), 2);
-    CHECK_EQ(sb_claims_reap(&region, table, 1), 0);
+    CHECK_EQ(sb_claims_reap(&region, table, 1, &undecided), 2);
+    CHECK_EQ(sb_claims_reap(&region, table, 1, &undecided), 0);
     CHECK_EQ(sb_claim_released(&region, table, NOW, offsets, 8), 2);
     CHECK_EQ(offsets[0], 0);
     CHECK_EQ(offsets[1], 2);
@@ -185,7 +185,7 @@ static void hints_that_a_dead_process_took_down_are_put_up_when_it_is_reaped(voi
     CHECK_EQ(sb_claim_release(&region, table, 0, released.word, 1), SB_OK);
     sb_store(&claims()->released, 0);
     sb_store(&claims()->deadline_ms, 0);
-    CHECK_EQ(sb_claims_reap(&region, table, 2), 0);
+    CHECK_EQ(sb_claims_reap(&region, table, 2, &undecided), 0);
     CHECK_EQ(sb_load(&claims()->released), 1);
     CHECK_EQ(sb_load(&claims()->deadline_ms), LATER + 20);
     teardown();
@@ -252,7 +252,7 @@ static void a_full_window_moves_its_oldest_claims_aside_and_goes_on(void)
     sb_claim again;
     CHECK_EQ(sb_claim_take(&region, table, life(), 1, 3, LATER + 5, LATER + 90, &again), SB_OK);
     CHECK_EQ(sb_claim_attempts(again.word), 2);
-    CHECK_EQ(sb_claims_reap(&region, table, 3), 1);
+    CHECK_EQ(sb_claims_reap(&region, table, 3, &undecided), 1);
     again = take(1, 2, LATER);
     CHECK_EQ(sb_claim_attempts(again.word), 3);
     CHECK_EQ(ack(&again, 2), SB_OK);
@@ -314,7 +314,7 @@ static void tables_share_the_overflow_and_do_not_take_each_others_claims(void)
     CHECK_EQ(ack(&held[0], 1), SB_OK);
     CHECK_EQ(ack(&held[0], 1), SB_GONE);
     table = other;
-    CHECK_EQ(sb_claims_reap(&region, first, 1), 0);
+    CHECK_EQ(sb_claims_reap(&region, first, 1, &undecided), 0);
     CHECK_EQ(ack(&held[1], 1), SB_OK);
     teardown();
 }

@@ -40,7 +40,7 @@ static void what_goes_back_before_it_was_started_was_not_delivered(void)
     CHECK_EQ(sb_claim_release(&region, table, 0, claim.word, 2), SB_OK);
     claim = prefetch(0, 2);
     CHECK_EQ(sb_claim_attempts(claim.word), 1);
-    CHECK_EQ(sb_claims_reap(&region, table, 2), 1);
+    CHECK_EQ(sb_claims_reap(&region, table, 2, &undecided), 1);
     CHECK_EQ(sb_claim_attempts(take(0, 3, LATER).word), 2);
     teardown();
 }
@@ -53,7 +53,7 @@ static void of_a_dead_process_what_was_started_counts_and_what_was_prefetched_do
         claim[i] = prefetch(i, 1);
     }
     CHECK_EQ(start(&claim[1], 1, &claim[1]), SB_OK);
-    CHECK_EQ(sb_claims_reap(&region, table, 1), 3);
+    CHECK_EQ(sb_claims_reap(&region, table, 1, &undecided), 3);
     for (uint64_t i = 0; i < 3; i++) {
         CHECK_EQ(sb_claim_attempts(take(i, 2, LATER).word), i == 1 ? 2 : 1);
     }
@@ -234,7 +234,7 @@ static void a_kill_at_any_edge_counts_only_the_message_that_was_begun(void)
             attempt_of = check_shared(CRASH_MESSAGES);
             int point[] = {edges[e], passes[p]};
             CHECK_EQ(check_wait(check_fork(crash, point)), -SIGKILL);
-            (void)sb_claims_reap(&region, table, 7);
+            (void)sb_claims_reap(&region, table, 7, &undecided);
             work(2, CRASH_MESSAGES);
             uint32_t unrecorded = 0, twice = 0;
             for (uint64_t o = 0; o < CRASH_MESSAGES; o++) {
