@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
+from shmbroker.delays import DEFAULT_LEVELS, parse_delay_levels
 from shmbroker.errors import ConfigError
 
 KIB: Final = 1024
@@ -47,6 +48,7 @@ class Rule(NamedTuple):
     later: tuple[str, ...] = ()  # values with a meaning that this version has no code for
     power_of_two: bool = False
     multiple_of: int = 1
+    form: str = ""  # of a text
 
 
 def _key(default: Any, meaning: str, low: float = 0, high: float = 0, **rest: Any) -> Any:
@@ -143,6 +145,11 @@ class RuntimeConfig:
     checkpoint_interval_ms: int = _key(
         2000, "the checkpoint is written so often: what a restart has to scan", 10, 3_600_000
     )
+    message_delay_level: str = _key(
+        DEFAULT_LEVELS,
+        "delay levels 1, 2, ...; a message's retry number n waits for level 2 + n, unless its group says otherwise",
+        form="1 to 64 delays with ms, s, m, h or d",
+    )
     stopped_lock_holder: str = _key(
         "report",
         "a stopped process that holds the append lock is named in status, or killed",
@@ -153,6 +160,10 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        try:
+            parse_delay_levels(self.message_delay_level)
+        except ConfigError as error:
+            raise ConfigError(f"message_delay_level = {self.message_delay_level!r}: {error}") from None
 
 
 LAYOUT_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(LayoutConfig)}
@@ -175,6 +186,7 @@ ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
     "flushCommitLogLeastPages": ("flush_least_bytes", PAGE_BYTES),
     "mappedFileSizeCommitLog": ("segment_bytes", 1),
     "diskSpaceWarningLevelRatio": ("disk_full_watermark", 1),
+    "messageDelayLevel": ("message_delay_level", 1),
 }
 _SPELLINGS: Final = {name.lower(): name for name in (*RULES, *ROCKETMQ_KEYS)}
 
@@ -371,7 +383,7 @@ def limits_text(key: str) -> str:
     if kind is bool:
         return "true or false"
     if kind is str:
-        return "a name or a number, or nothing"
+        return rule.form or "a name or a number, or nothing"
     extra = ", a power of two" if rule.power_of_two else ""
     extra += f", a multiple of {rule.multiple_of}" if rule.multiple_of > 1 else ""
     return f"{rule.low:g} to {rule.high:g}{extra}" if kind is float else f"{rule.low} to {rule.high}{extra}"

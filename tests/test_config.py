@@ -58,6 +58,7 @@ def test_a_file_given_instead_of_the_directorys_must_exist(tmp_path: Path) -> No
         ("mappedFileSizeCommitLog = 134217728", "segment_bytes", 128 * config.MIB),
         ('ring_bytes = "16 MiB"', "ring_bytes", 16 * config.MIB),
         ("disk_full_watermark = 1", "disk_full_watermark", 1.0),
+        ('messageDelayLevel = "1s 2s 1h"', "message_delay_level", "1s 2s 1h"),
     ],
 )
 def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key: str, value: object) -> None:
@@ -87,6 +88,10 @@ def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key
             "max_message_bytes = 1048576: with ring_bytes = 1048576 at most 262064",
         ),
         ({"snapshot_interval_bytes": "128 MiB"}, "snapshot_interval_bytes = 134217728: must be at most segment_bytes"),
+        (
+            {"message_delay_level": "1s soon"},
+            "message_delay_level = '1s soon': delay 'soon': a number and ms, s, m, h or d",
+        ),
         ({"maxMessageSize": 1, "max_message_bytes": 1}, "another spelling of 'max_message_bytes'"),
     ],
 )
