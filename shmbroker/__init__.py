@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from shmbroker._native._core import BatchResult, Message, ReceivedMessage, SendResult
+    from shmbroker._native._core import BatchResult, ConsumeContext, Message, ReceivedMessage, SendResult
     from shmbroker.broker import Broker, open  # noqa: A004 - shmbroker.open, as gzip.open
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.errors import (
@@ -54,16 +54,18 @@ if TYPE_CHECKING:
         TopicNotExist,
     )
     from shmbroker.producer import Producer, SendCallback
-    from shmbroker.status import SendStatus
+    from shmbroker.push_consumer import PushConsumer
+    from shmbroker.status import ConsumeStatus, SendStatus
 
 __version__ = "0.1.0"
 
 _HOMES: Final = {
     "shmbroker.broker": ("open", "Broker"),
-    "shmbroker._native._core": ("Message", "ReceivedMessage", "SendResult", "BatchResult"),
+    "shmbroker._native._core": ("Message", "ReceivedMessage", "SendResult", "BatchResult", "ConsumeContext"),
     "shmbroker.producer": ("Producer", "SendCallback"),
-    "shmbroker.status": ("SendStatus",),
+    "shmbroker.status": ("SendStatus", "ConsumeStatus"),
     "shmbroker.consumer": ("SimpleConsumer",),
+    "shmbroker.push_consumer": ("PushConsumer",),
 }
 _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -81,6 +83,9 @@ __all__ = [
     "BatchResult",
     "SendStatus",
     # receiving
+    "PushConsumer",
+    "ConsumeContext",
+    "ConsumeStatus",
     "SimpleConsumer",
     # errors: the class says what to do; see shmbroker.errors
     "ShmBrokerError",

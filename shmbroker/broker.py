@@ -23,6 +23,7 @@ from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic,
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.producer import Producer
+    from shmbroker.push_consumer import Listener, PushConsumer
     from shmbroker.store.commit_log import LogReader
     from shmbroker.store.consume_queue import ConsumeQueues, Entry
 
@@ -71,6 +72,7 @@ class Broker:
         self._lock = threading.RLock()
         self._closed = False
         self._children: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._listening: weakref.WeakSet[PushConsumer] = weakref.WeakSet()
         self._files: tuple[LogReader, ConsumeQueues] | None = None  # opened by the first consumer that lags
         self.config = Config.of(attached.descriptor.settings)
         self._watch()
@@ -147,6 +149,16 @@ class Broker:
         from shmbroker.consumer import SimpleConsumer
 
         return self._adopt(SimpleConsumer(self, check_group(group), subscriptions, **settings))
+
+    def push_consumer(
+        self, group: str, listener: Listener, subscriptions: Mapping[str, str], **settings: Any
+    ) -> PushConsumer:
+        """Threads that call ``listener`` with each message and a context. ``subscriptions``: as ``simple_consumer``."""
+        from shmbroker.push_consumer import PushConsumer
+
+        consumer = PushConsumer(self, check_group(group), listener, subscriptions, **settings)
+        self._listening.add(consumer)
+        return consumer
 
     def create_topic(self, name: str, queues: int | None = None, permission: int | str = "rw") -> None:
         """Make a topic; once more as it stands changes nothing. Raises NameIllegal, LimitReached, BadRequest.
@@ -247,6 +259,8 @@ class Broker:
 
     def close(self) -> None:
         """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""
+        for consumer in list(self._listening):  # first, and without the lock: their listeners may use all the rest
+            consumer.close()
         with self._lock:
             if self._closed:
                 return
@@ -331,6 +345,7 @@ class Broker:
         """In the child: locks may be held by threads that do not exist here; the slot is the parent's."""
         self._lock = threading.RLock()
         self._children = weakref.WeakSet()
+        self._listening = weakref.WeakSet()
         self._files = None  # descriptors are the parent's as well: not closed here, and not shared
 
 

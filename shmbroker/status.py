@@ -1,4 +1,4 @@
-"""What a send has reached, in RocketMQ's words (its 4.x meaning)."""
+"""What a send has reached, and what a listener answers, in RocketMQ's words (their 4.x meaning)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ class SendStatus(IntEnum):
     FLUSH_DISK_TIMEOUT = 1  # SYNC_FLUSH: not known to be on the disk in time, or the disk failed
     FLUSH_SLAVE_TIMEOUT = 2  # SYNC_MASTER: the slave did not answer in time
     SLAVE_NOT_AVAILABLE = 3  # SYNC_MASTER: there is no slave in step
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class ConsumeStatus(IntEnum):
+    """What a listener answers. Anything else, an exception included, counts as RECONSUME_LATER."""
+
+    CONSUME_SUCCESS = 0  # done with: acknowledged
+    RECONSUME_LATER = 1  # failed: comes again after a delay, and goes to the dead letters after the last try
 
     def __str__(self) -> str:
         return self.name

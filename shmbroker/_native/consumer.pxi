@@ -17,11 +17,14 @@ cdef class ConsumerCore(_Member):
     cdef readonly bint durable_acks
     cdef readonly bint durable_attempts
     cdef uint32_t attempts_ms  # for so long at most a message is held until its attempt is on the disk
+    cdef bint called_off       # whoever waits gives up waiting
+    cdef uint32_t waiter       # the wait slot of the thread that waits, of a consumer that has only one such
 
     def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False,
                  double attempts_within=0.0):
         super().__init__(client, group, from_last=from_last)
         self.spin = spin
+        self.waiter = SB_NIL
         self.durable_acks = durable_acks
         self.durable_attempts = attempts_within > 0.0
         self.attempts_ms = <uint32_t>(attempts_within * 1000.0)
@@ -88,13 +91,21 @@ cdef class ConsumerCore(_Member):
         cdef Client client = self.client
         cdef uint32_t waiter
         self.ready()
-        waiter = client.take_waiter()
+        waiter = self.waiter = client.take_waiter()
         client.enter()
         try:
             return self.wait_in(client, waiter, deadline_ns, room, invisible_ms)
         finally:
+            self.waiter = SB_NIL
             client.give_waiter(waiter)
             client.exit()
+
+    cdef int call_off(self) except -1:
+        """End the wait of the one thread that waits, now; and every later one, until ``called_off`` is false again."""
+        self.called_off = True
+        if self.waiter != SB_NIL and not self.client.closed:
+            sb_waiter_wake(&self.client.region.r, self.waiter)
+        return 0
 
     cdef list wait_in(self, Client client, uint32_t waiter, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
         """Until there are messages, or the deadline. Without a wait slot (all are taken) it looks every millisecond."""
@@ -111,7 +122,7 @@ cdef class ConsumerCore(_Member):
                 return []  # bound to another broker by another thread
             if self.spin or waiter == SB_NIL:
                 out = self.collect(r, room, invisible_ms)
-                if out or sb_now_ns() >= deadline_ns:
+                if out or self.called_off or sb_now_ns() >= deadline_ns:
                     return out
                 if self.spin:
                     self.poll(r, min(deadline_ns, sb_now_ns() + SPIN_NS))
@@ -125,7 +136,7 @@ cdef class ConsumerCore(_Member):
             try:  # once more, now that whoever appends sees us
                 out = self.collect(r, room, invisible_ms)
                 until = min(deadline_ns, self.next_deadline(r))
-                if not out and sb_now_ns() < deadline_ns:
+                if not out and not self.called_off and sb_now_ns() < deadline_ns:
                     with nogil:
                         code = sb_wait_message_sleep(r, waiter, until)
                     slept = True
@@ -135,7 +146,7 @@ cdef class ConsumerCore(_Member):
                 out = self.collect(self.ready(), room, invisible_ms)  # what we were woken for, before anything else
             if out and slept:
                 self.wake_next(r)
-            if out or sb_now_ns() >= deadline_ns:
+            if out or self.called_off or sb_now_ns() >= deadline_ns:
                 return out
             if code == SB_INTERRUPTED:
                 check_signals()

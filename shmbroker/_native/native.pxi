@@ -1,7 +1,7 @@
 # native.pxi: what the binding uses of the C headers for shared memory. Fields that Cython need not know are left out.
 
 from posix.types cimport off_t
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "codes.h" nogil:
     enum:
@@ -221,6 +221,7 @@ cdef extern from "wait.h" nogil:
     uint32_t sb_publish_flushed(sb_region *r, uint64_t position)
     uint32_t sb_publish_replicated(sb_region *r, uint64_t position)
     uint32_t sb_wake_everybody(sb_region *r)
+    uint32_t sb_waiter_wake(sb_region *r, uint32_t slot)
     uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group)
     uint32_t sb_wake_topics_since(sb_region *r, uint64_t since, uint64_t to)
     int sb_worker_sleep(sb_region *r, uint32_t role, uint32_t mode, uint64_t seen, int64_t deadline_ns)

@@ -4,11 +4,14 @@
 cdef enum:
     RUN_MAX = 128         # positions asked for at a time: an index block
     ENTRIES_AHEAD = 1024  # consume queue entries read at a time
+    UNREADABLE_MS = 60_000  # so long nobody tries again to prefetch what could not be read
 
-# One look for messages: how far they are visible, and from when until when what it finds is claimed.
+# One look for messages: how far they are visible, and from when until when what it finds is claimed (0: prefetched).
 ctypedef struct Look:
     uint64_t limit
+    int64_t bytes_left  # once it is used up, no more is claimed
     uint32_t now_ms, deadline_ms
+    bint take_over  # what others have prefetched and not begun; else what nobody has
     sb_claim claim
     bint claimed  # `claim` is held for a message that is not among those found yet
 
@@ -36,11 +39,19 @@ cdef class _QueueReader:
     cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
+    # Limits of one look for messages; a push consumer sets its own (push.pxi).
+    cdef int64_t bytes_ahead                # bytes of records claimed by it
+    cdef Py_ssize_t idle_room               # messages taken over from others who have not begun them
+    cdef uint32_t queue_room                # messages of one queue prefetched and not done with,
+    cdef int64_t queue_bytes                # and their bytes
 
     def __init__(self, Client client not None, str group):
         self.client = client
         self.group = group
         self.sources = []
+        self.bytes_ahead = self.queue_bytes = INT64_MAX
+        self.idle_room = RUN_MAX
+        self.queue_room = UINT32_MAX
 
     # -- for the subclass in Python
 
@@ -69,8 +80,12 @@ cdef class _QueueReader:
         """SB_OK, SB_LOST, or there is nothing to be had here now. SB_NO_SPACE: window and overflow table are full of unacked
         claims (status names whose); SB_GONE: the topic or the group was deleted."""
         cdef uint32_t table = source.table, slot = self.client.slot
-        cdef int code = sb_claim_take(r, table, source.life, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
-        if code == SB_NO_SPACE:
+        cdef int code
+        if look.take_over:
+            code = sb_claim_take_over(r, table, source.life, offset, slot, look.deadline_ms, &look.claim)
+        else:
+            code = sb_claim_take(r, table, source.life, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
+        if code == SB_NO_SPACE and not look.take_over:
             if sb_claim_overflow(r, table, source.life, offset) == SB_OK:
                 code = sb_claim_take(r, table, source.life, offset, slot, look.now_ms, look.deadline_ms, &look.claim)
             else:
@@ -110,8 +125,12 @@ cdef class _QueueReader:
     cdef int deliver(self, sb_region *r, _Source source, uint64_t offset, uint64_t position, Look *look, list out) except -100:
         """Filter, claim, copy the message that index or consume queue place at ``position``. Answers as ``claim``."""
         cdef sb_record header
-        cdef int code = sb_ring_peek(r, position, &header)
+        cdef int code
         cdef uint32_t size
+        cdef Py_ssize_t before = len(out)
+        if look.bytes_left <= 0:
+            return SB_NO_SPACE
+        code = sb_ring_peek(r, position, &header)
         if code != SB_OK:
             code = self.peek_window(r, position, &header)
         if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
@@ -121,6 +140,10 @@ cdef class _QueueReader:
         if code == SB_OK:
             code = self.fetch(r, source, position, size, &look.claim, out)
             look.claimed = False
+            look.bytes_left -= size
+            if look.deadline_ms == 0 and len(out) == before:  # unreadable: else it would be prefetched for ever
+                sb_claim_renew(r, source.table, offset, look.claim.word, self.client.slot,
+                               sb_claim_deadline_after(look.now_ms, UNREADABLE_MS), &look.claim)
         return code
 
     cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, sb_claim *claim, list out) except -100:
@@ -202,10 +225,40 @@ cdef class _QueueReader:
             offset = sb_claim_next(r, source.table)
             self.collect_run(r, source, offset, look, room, out)
         taken = <uint32_t>(len(out) - before)
-        if taken:
-            sb_add(&sb_claims_at(r, source.table).delivered, taken)
-            sb_add(&sb_client_at(r, self.client.slot).receives, taken)
+        if taken and look.deadline_ms:  # what is prefetched is not delivered yet
+            self.delivered(r, source, taken)
         return 0
+
+    cdef int take_over_from(self, sb_region *r, _Source source, Look *look, Py_ssize_t room, list out) except -1:
+        """What other members have prefetched here and not begun, oldest first."""
+        cdef uint64_t offsets[RUN_MAX]
+        cdef uint32_t found, i
+        cdef Py_ssize_t before = len(out)
+        found = sb_claim_prefetched(r, source.table, offsets, <uint32_t>min(room - before, RUN_MAX))
+        for i in range(found):
+            self.collect_run(r, source, offsets[i], look, len(out) + 1, out)
+        if len(out) > before and look.deadline_ms:
+            self.delivered(r, source, <uint32_t>(len(out) - before))
+        return 0
+
+    cdef int look_in(self, sb_region *r, _Source source, Look *look, Py_ssize_t room, list out) except -1:
+        try:
+            if look.take_over:
+                self.take_over_from(r, source, look, room, out)
+            else:
+                self.collect_from(r, source, look, room, out)
+        except _errors.CorruptLog as error:  # of one queue's files: the other queues go on
+            self.corrupt = error
+        except BaseException:  # Ctrl-C, no descriptors left: nobody is told of what was found
+            if look.claimed:
+                source.give_back(look.claim.offset, look.claim.word)
+            give_back(out)
+            raise
+        return 0
+
+    cdef void delivered(self, sb_region *r, _Source source, uint32_t count) noexcept:
+        sb_add(&sb_claims_at(r, source.table).delivered, count)
+        sb_add(&sb_client_at(r, self.client.slot).receives, count)
 
     cdef int collect_run(self, sb_region *r, _Source source, uint64_t offset, Look *look, Py_ssize_t room,
                          list out) except -1:
@@ -312,30 +365,33 @@ cdef class _QueueReader:
         return code if stops(code) else SB_OK
 
     cdef list collect(self, sb_region *r, Py_ssize_t room, uint32_t invisible_ms):
+        """Claimed messages, at most ``room``. invisible_ms 0: they are prefetched, not delivered."""
         cdef list out = []
         cdef list sources = self.sources
-        cdef Py_ssize_t count = len(sources), i
+        cdef Py_ssize_t count = len(sources), i, most
         cdef _Source source
         cdef Look look
-        look.claimed = False
+        look.claimed = look.take_over = False
+        look.bytes_left = self.bytes_ahead
         look.limit = visible_limit(r)  # SYNC: tail
         look.now_ms = <uint32_t>(sb_now_ns() // 1_000_000)
-        look.deadline_ms = sb_claim_deadline_after(look.now_ms, invisible_ms)
+        look.deadline_ms = sb_claim_deadline_after(look.now_ms, invisible_ms) if invisible_ms else 0
         self.turn += 1
         self.stalled = False
         for i in range(count):
-            source = <_Source>sources[(self.turn + i) % count]
-            try:
-                self.collect_from(r, source, &look, room, out)
-            except _errors.CorruptLog as error:  # of one queue's files: the other queues go on
-                self.corrupt = error
-            except BaseException:  # Ctrl-C, no descriptors left: nobody is told of what was found
-                if look.claimed:
-                    source.give_back(look.claim.offset, look.claim.word)
-                give_back(out)
-                raise
             if len(out) >= room:
                 break
+            source = <_Source>sources[(self.turn + i) % count]
+            most = min(room, len(out) + <Py_ssize_t>self.queue_room - source.ahead)
+            if most <= len(out) or source.ahead_bytes >= self.queue_bytes:
+                self.stalled = True  # until some of these are done with: nobody wakes us for that
+            else:
+                self.look_in(r, source, &look, most, out)
+        if not out:
+            look.take_over = True
+            for source in sources:
+                if len(out) < self.idle_room:
+                    self.look_in(r, source, &look, min(room, self.idle_room), out)
         if self.corrupt is not None and not out:
             error, self.corrupt = self.corrupt, None
             raise error

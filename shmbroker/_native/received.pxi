@@ -8,6 +8,11 @@ cdef extern from "claim.h" nogil:
     uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
     int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms,
                       uint32_t deadline_ms, sb_claim *claim)
+    int sb_claim_take_over(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t deadline_ms,
+                           sb_claim *claim)
+    uint32_t sb_claim_prefetched(sb_region *r, uint32_t table, uint64_t *offsets, uint32_t count)
+    int sb_claim_start(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot, uint32_t deadline_ms,
+                       sb_claim *started)
     int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
     uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
     void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms)
@@ -74,6 +79,8 @@ cdef class _Source:
     cdef _TagFilter filter  # None: every message
     cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
     cdef uint64_t entries_first
+    cdef uint32_t ahead        # messages that a push consumer has prefetched and is not done with, and their bytes
+    cdef int64_t ahead_bytes
 
     cdef inline bint is_current(self, sb_region *r) noexcept:
         """The table still belongs to this group and queue; it is given to others when one of them is deleted."""

@@ -80,6 +80,8 @@ static uint32_t post(sb_waiter *w)
     return 1;
 }
 
+uint32_t sb_waiter_wake(sb_region *r, uint32_t slot) { return slot < r->limits.waiters ? post(sb_waiter_at(r, slot)) : 0; }
+
 /* -- positions ---------------------------------------------------------------------------------------------------- */
 
 static sb_word *word_of(sb_region *r, uint32_t kind)

@@ -9,6 +9,7 @@
 /* Take a free wait slot for client slot `client`; SB_TABLE_FULL if there is none. */
 int sb_waiter_take(sb_region *r, uint32_t client, uint32_t *slot);
 void sb_waiter_give(sb_region *r, uint32_t slot);
+uint32_t sb_waiter_wake(sb_region *r, uint32_t slot); /* its own process wants it to look; the number of posts */
 
 /* Wait until the word for `kind` (flushed, ...) has reached `target`. SB_OK | SB_TIMEOUT | SB_INTERRUPTED |
  * SB_READ_ONLY (store failed, target not reached) | SB_FENCED | SB_NOT_RUNNING. Posts the worker that can help. */

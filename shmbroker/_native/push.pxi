@@ -1,0 +1,356 @@
+# push.pxi: PushCore, Lane and ConsumeContext: messages on their way from a prefetched claim to the listener and back.
+#
+# One listener thread has one lane. Per message there is one call of the listener; the start before it and the ack behind it
+# are one CAS each, everything else is done once for many. The GIL is held but for what the listener does, so that it guards
+# what threads share here.
+
+from shmbroker.status import ConsumeStatus as _ConsumeStatus
+
+cdef object CONSUME_SUCCESS = _ConsumeStatus.CONSUME_SUCCESS
+cdef object RECONSUME_LATER = _ConsumeStatus.RECONSUME_LATER
+
+cdef enum:
+    SETTLED_MAX = 64  # acks between two moves of the base
+
+cdef int64_t SETTLED_NS = 1_000_000   # the base follows a slow listener message by message
+cdef int64_t ALL_SUCCEEDED = 0x7fffffff
+cdef uint32_t HOLD_MS = 5_000  # until a failed message comes again whose retry could not be stored (RocketMQ's figure)
+cdef int alone_wanted = 0  # threads of this process that have a message which must run alone
+
+
+cdef class ConsumeContext:
+    """What a listener is told beside its messages, and what it may ask for; see _core.pyi."""
+    cdef readonly str group
+    cdef readonly str topic
+    cdef readonly uint32_t queue_id
+    cdef public int delay_level_when_next_consume
+    cdef public int64_t ack_index
+
+    def __init__(self, str group not None):
+        self.group = group
+        self.ack_index = ALL_SUCCEEDED
+
+
+@cython.final
+cdef class Lane:
+    """One listener thread's: what it has prefetched, and what its listener works on."""
+    cdef list ahead                # prefetched, oldest first
+    cdef Py_ssize_t begun          # how many of them were begun, or found to be another's
+    cdef list batch                # what the listener has, if it takes lists
+    cdef ReceivedMessage message   # what it has, if it takes single ones
+    cdef ConsumeContext context
+    cdef uint32_t deadline_ms      # of what the listener has; 0: nothing
+    cdef readonly uint32_t renewals
+    cdef bint alone                # no other lane of this process has claims that run
+    cdef _Source acked_in
+    cdef uint32_t acked, started   # not noted in the memory yet
+    cdef list unwritten            # acked, to be written to the log
+    cdef int64_t settled_ns
+
+    def __init__(self, str group not None):
+        self.ahead = []
+        self.batch = []
+        self.unwritten = []
+        self.context = ConsumeContext(group)
+
+    @property
+    def empty(self):
+        return self.begun >= len(self.ahead)
+
+    @property
+    def holds_claims(self):
+        """Whether a death of this process would charge an attempt to what the listener has: its time is not over yet."""
+        return self.deadline_ms != 0 and <int32_t>(<uint32_t>(sb_now_ns() // 1_000_000) - self.deadline_ms) < 0
+
+
+cdef class PushCore:
+    """Takes the messages of a consumer to a listener. Subclass: shmbroker.push_consumer.PushConsumer."""
+    cdef ConsumerCore consumer
+    cdef object listener
+    cdef Py_ssize_t batch_room     # messages of one call of the listener
+    cdef Py_ssize_t ahead_room     # messages prefetched by a lane at a time
+    cdef uint32_t timeout_ms
+    cdef bint single
+
+    def __init__(self, ConsumerCore consumer not None, listener, *, Py_ssize_t batch, Py_ssize_t ahead, int64_t ahead_bytes,
+                 uint32_t queue_room, int64_t queue_bytes, double consume_timeout):
+        self.consumer = consumer
+        self.listener = listener
+        self.batch_room = batch
+        self.single = batch == 1
+        self.ahead_room = max(ahead, batch)
+        self.timeout_ms = <uint32_t>(consume_timeout * 1000.0)
+        consumer.idle_room = batch
+        consumer.bytes_ahead = ahead_bytes
+        consumer.queue_room = queue_room
+        consumer.queue_bytes = queue_bytes
+
+    # -- for the subclass
+
+    def _send_back(self, message, int level, error):
+        """Move a failed message to the retry topic, or to the dead letters (level -1). ReceiptExpired: another has it."""
+        raise NotImplementedError
+
+    def _report_failure(self, messages, error, result):
+        """The listener raised, or answered with something that is no ConsumeStatus."""
+        raise NotImplementedError
+
+    def _report_late(self, message):
+        """The listener answered after the claim was lost."""
+        raise NotImplementedError
+
+    def _report_held(self, message, error):
+        """A failed message could not be moved: it is held, and comes again in a moment."""
+        raise NotImplementedError
+
+    def _report_unwritten(self, error):
+        """Durable acknowledgements are not known to be on the disk."""
+        raise NotImplementedError
+
+    # -- prefetching; one thread at a time
+
+    def _fill(self, Lane lane not None, double wait):
+        """Prefetch for a lane that is empty; waits at most so long for something. Whether there is something."""
+        cdef ConsumerCore consumer = self.consumer
+        cdef sb_region *r = consumer.ready()
+        cdef list out
+        cdef ReceivedMessage message
+        if consumer.called_off:
+            return False
+        out = consumer.collect(r, self.ahead_room, 0)
+        if not out and wait > 0.0:
+            out = consumer.wait_for(sb_now_ns() + <int64_t>(wait * 1e9), self.ahead_room, 0)
+        for message in out:
+            message.source.ahead += 1
+            message.source.ahead_bytes += message.header().size
+        lane.ahead = out
+        lane.begun = 0
+        if len(out) > self.batch_room:  # more than is begun at once: an idle member may take it over
+            message = <ReceivedMessage>out[0]
+            sb_wake_group(r, message.source.topic_slot, message.source.group_slot)
+        return bool(out)
+
+    def _give_back(self, Lane lane not None):
+        """What was not begun goes back to the group, uncounted."""
+        cdef list left = lane.ahead[lane.begun:]
+        cdef ReceivedMessage message
+        lane.ahead = []
+        lane.begun = 0
+        for message in left:
+            let_go(message)
+        give_back(left)
+
+    def _call_off(self):
+        self.consumer.call_off()
+
+    def _call_on(self):
+        self.consumer.called_off = False
+
+    # -- running
+
+    def _run(self, Lane lane not None, bint alone):
+        """Hand the lane's messages to the listener. Returns early when the consumer is called off, when another lane wants
+        to be alone; and before a message with a crash on its record, which is begun only if ``alone``: True then."""
+        cdef ConsumerCore consumer = self.consumer
+        cdef ReceivedMessage message
+        cdef int64_t now = sb_now_ns()
+        lane.settled_ns = now
+        try:
+            while lane.begun < len(lane.ahead) and not consumer.called_off and (alone or not alone_wanted):
+                message = <ReceivedMessage>lane.ahead[lane.begun]
+                if not alone and sb_claim_attempts(message.receipt):
+                    return True
+                if self.begin(lane, message, <uint32_t>(now // 1_000_000)):
+                    self.hand_over(lane, lane.message if self.single else lane.batch)
+                now = sb_now_ns()
+                if lane.acked >= SETTLED_MAX or now - lane.settled_ns > SETTLED_NS:
+                    self.settle(lane)
+                    lane.settled_ns = now
+                if alone:
+                    break
+        finally:
+            lane.deadline_ms = 0
+            self.settle(lane)
+        return False
+
+    cdef bint begin(self, Lane lane, ReceivedMessage first, uint32_t now_ms) except -1:
+        """Start the next message, or the next few of one queue: their attempts count from here on. False: others have them."""
+        cdef uint32_t deadline_ms = sb_claim_deadline_after(now_ms, self.timeout_ms + self.consumer.attempts_ms)
+        cdef ReceivedMessage message
+        cdef _Source source = first.source
+        cdef bint suspect = sb_claim_attempts(first.receipt) != 0
+        cdef sb_region *r = self.consumer.client.check()
+        lane.renewals = 0
+        if self.single:
+            lane.begun += 1
+            lane.message = first
+            if not self.start(r, first, deadline_ms):
+                lane.message = None
+                return False
+        else:
+            lane.batch = []
+            while lane.begun < len(lane.ahead) and len(lane.batch) < self.batch_room:
+                message = <ReceivedMessage>lane.ahead[lane.begun]
+                if message.source is not source or (message is not first and (suspect or sb_claim_attempts(message.receipt))):
+                    break
+                lane.begun += 1
+                if self.start(r, message, deadline_ms):
+                    lane.batch.append(message)
+            if not lane.batch:
+                return False
+        lane.deadline_ms = deadline_ms
+        if source is not lane.acked_in:
+            self.settle(lane)
+            lane.acked_in = source
+            lane.context.topic = source.topic
+            lane.context.queue_id = source.queue_id
+        lane.started += 1 if self.single else <uint32_t>len(lane.batch)
+        if self.consumer.durable_attempts:
+            self.write_attempts(r, lane)
+        return True
+
+    cdef bint start(self, sb_region *r, ReceivedMessage message, uint32_t deadline_ms) except -1:
+        cdef _Source source = message.source
+        cdef sb_claim started
+        cdef int code = SB_GONE
+        if source.client is self.consumer.client and source.is_current(r):
+            code = sb_claim_start(r, source.table, message.header().queue_offset, message.receipt, source.client.slot, deadline_ms,
+                                  &started)
+        if code == SB_OK:
+            message.receipt = started.word
+            return True
+        let_go(message)  # SB_AGAIN, too: somebody decides about it, and it stays claimed for others to take over
+        return False
+
+    cdef int write_attempts(self, sb_region *r, Lane lane) except -1:
+        """As ``ConsumerCore.hand_over``: what could not be written was not delivered."""
+        cdef list begun = [lane.message] if self.single else lane.batch
+        cdef ReceivedMessage message
+        try:
+            self.consumer._write_attempts(self.consumer.progress_of(r, begun))
+        except BaseException:
+            lane.deadline_ms = 0
+            lane.started = 0
+            for message in begun:
+                let_go(message)
+            give_back(begun)
+            raise
+        return 0
+
+    cdef int hand_over(self, Lane lane, messages) except -1:
+        """Call the listener, and do with each message what it answers."""
+        cdef ConsumeContext context = lane.context
+        cdef Client client = self.consumer.client
+        cdef ReceivedMessage message
+        cdef int64_t i = 0, succeeded
+        cdef object text = None
+        context.delay_level_when_next_consume = 0
+        context.ack_index = ALL_SUCCEEDED
+        try:
+            result = self.listener(messages, context)
+        except BaseException as error:  # SystemExit and the like, too: a thread of ours does not end with a listener
+            result = None
+            text = f"{type(error).__name__}: {error}"
+            self._report_failure([messages] if self.single else messages, error, None)
+        else:
+            if result is not CONSUME_SUCCESS and result is not RECONSUME_LATER:
+                text = f"the listener returned {result!r}"
+                self._report_failure([messages] if self.single else messages, None, result)
+        lane.deadline_ms = 0  # from here on nobody renews
+        lane.message = None
+        succeeded = context.ack_index + 1 if result is CONSUME_SUCCESS else 0
+        if client.closed or client is not self.consumer.client:  # while the listener ran: whatever it held has gone back
+            succeeded = -1
+        if self.single:
+            self.finish(lane, <ReceivedMessage>messages, succeeded, 0, text)
+        else:
+            for message in messages:
+                self.finish(lane, message, succeeded, i, text)
+                i += 1
+        return 0
+
+    cdef int finish(self, Lane lane, ReceivedMessage message, int64_t succeeded, int64_t i, text) except -1:
+        """Message ``i`` of those that the listener had, of which the first ``succeeded`` did; -1: the claims are lost."""
+        let_go(message)
+        if succeeded < 0:
+            self._report_late(message)
+        elif i >= succeeded:
+            self.fail(message, lane.context.delay_level_when_next_consume, text)
+        else:
+            try:
+                if self.consumer.decide(self.consumer.client.check(), message, False, 0) != SB_OK:
+                    self._report_late(message)
+                    return 0
+            except _errors.BrokerBusy as error:
+                self._report_held(message, error)
+                return 0
+            lane.acked += 1
+            if self.consumer.durable_acks:
+                lane.unwritten.append(message)
+        return 0
+
+    cdef int fail(self, ReceivedMessage message, int level, text) except -1:
+        cdef uint32_t again_ms
+        try:
+            self._send_back(message, level, text)
+        except _errors.ReceiptExpired:
+            self._report_late(message)
+        except Exception as error:
+            again_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), HOLD_MS)
+            if self.consumer.decide(self.consumer.client.check(), message, True, again_ms) == SB_OK:
+                self._report_held(message, error)
+            else:
+                self._report_late(message)
+        return 0
+
+    cdef int settle(self, Lane lane) except -1:
+        """Once for many: the base moves on, and what was counted is noted."""
+        cdef uint32_t acked = lane.acked, started = lane.started
+        cdef list unwritten = lane.unwritten
+        cdef _Source source = lane.acked_in
+        cdef sb_region *r
+        lane.acked = lane.started = 0
+        if not started and not acked or source.client is not self.consumer.client or source.client.closed:
+            return 0
+        r = self.consumer.client.check()
+        if started and source.is_current(r):
+            self.consumer.delivered(r, source, started)
+        if not acked or not source.is_current(r):
+            return 0
+        self.consumer.acked(r, source, acked)
+        self.consumer.still_recorded(r, "acknowledging")
+        if unwritten:
+            lane.unwritten = []
+            try:
+                self.consumer._write_acks(self.consumer.progress_of(r, unwritten))
+            except Exception as error:
+                self._report_unwritten(error)
+        return 0
+
+    # -- renewal; another thread
+
+    def _renew(self, Lane lane not None, int64_t most):
+        """Give what the listener has its full time again if a third of it is left, but at most ``most`` times (-1: always)."""
+        cdef uint32_t now_ms = <uint32_t>(sb_now_ns() // 1_000_000), deadline_ms
+        cdef int32_t left = <int32_t>(lane.deadline_ms - now_ms)
+        cdef sb_region *r = self.consumer.client.check()
+        cdef ReceivedMessage message
+        if lane.deadline_ms == 0 or not 0 < left <= <int32_t>(self.timeout_ms // 3) or 0 <= most <= lane.renewals:
+            return
+        lane.deadline_ms = deadline_ms = sb_claim_deadline_after(now_ms, self.timeout_ms)
+        lane.renewals += 1
+        for message in [lane.message] if self.single else lane.batch:
+            self.consumer.decide(r, message, True, deadline_ms)  # if it is lost already, the listener's answer says so
+
+
+cdef inline int let_go(ReceivedMessage message) except -1:
+    """It no longer counts against the limits of prefetching."""
+    message.source.ahead -= 1
+    message.source.ahead_bytes -= message.header().size
+    return 0
+
+
+def want_alone(int change):
+    """How many threads want to be alone in this process: others return from ``_run`` before their next message."""
+    global alone_wanted
+    alone_wanted += change

@@ -1,0 +1,80 @@
+"""Which listener threads of this process run beside each other, and which one alone.
+
+A message whose last delivery ended without an answer may be one that kills its process. If it does so again, whatever
+runs beside it is charged an attempt as well, and reaches the dead letters innocent. So it runs alone: nobody else begins
+a message while a thread asks for that, and it begins when the others' listeners have returned (R10). Until then it
+stays prefetched, and an idle process may take it over. A listener whose time is over holds nothing that could be
+charged, so that one which never returns does not stand in the way for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from shmbroker._native._core import Lane, want_alone
+
+LOOK_SECONDS: Final = 0.05  # whoever waits here looks so often whether it is still wanted, or somebody's time is over
+
+
+class Floor:
+    """Guarded by one condition. Threads come and go once for many messages, so its cost does not matter."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: set[Lane] = set()
+        self._asking = 0
+        self._alone = False
+
+    @contextmanager
+    def together(self, lane: Lane, unwanted: Callable[[], bool]) -> Iterator[bool]:
+        """Run beside others. False: ``unwanted`` before that was possible."""
+        with self._changed:
+            while (self._asking or self._alone) and not unwanted():
+                self._changed.wait(LOOK_SECONDS)
+            entered = not (self._asking or self._alone)
+            if entered:
+                self._running.add(lane)
+        try:
+            yield entered
+        finally:
+            with self._changed:
+                self._running.discard(lane)
+                if self._asking:
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self, unwanted: Callable[[], bool]) -> Iterator[bool]:
+        """Run beside nobody. False: ``unwanted`` before that was possible."""
+        with self._changed:
+            self._asking += 1
+            want_alone(1)
+            while self._is_taken() and not unwanted():
+                self._changed.wait(LOOK_SECONDS)
+            self._asking -= 1
+            want_alone(-1)
+            entered = not self._is_taken()
+            self._alone = self._alone or entered
+            self._changed.notify_all()
+        try:
+            yield entered
+        finally:
+            with self._changed:
+                self._alone = self._alone and not entered
+                self._changed.notify_all()
+
+    def _is_taken(self) -> bool:
+        return self._alone or any(lane.holds_claims for lane in self._running)
+
+
+    def reset(self) -> None:
+        """In a forked child: the threads that were on it exist in the parent only."""
+        want_alone(-self._asking)
+        self.__init__()  # type: ignore[misc] - nobody else uses it yet
+
+
+floor = Floor()  # the process's: a crash ends all of its consumers, whatever their groups
+os.register_at_fork(after_in_child=floor.reset)
