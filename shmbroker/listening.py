@@ -1,9 +1,9 @@
 """Which listener threads of this process run beside each other, and which one alone.
 
 A message whose last delivery ended without an answer may be one that kills its process. If it does so again, whatever
-runs beside it is charged an attempt as well, and reaches the dead letters innocent. So it runs alone: nobody else begins
-a message while a thread asks for that, and it begins when the others' listeners have returned (R10). Until then it
-stays prefetched, and an idle process may take it over. A listener whose time is over holds nothing that could be
+runs beside it is charged an attempt as well, and reaches the dead letters innocent. So it runs alone: nobody else
+begins a message while a thread asks for that, and it begins when the others' listeners have returned (R10). Until then
+it stays prefetched, and an idle process may take it over. A listener whose time is over holds nothing that could be
 charged, so that one which never returns does not stand in the way for ever.
 """
 
@@ -24,6 +24,12 @@ class Floor:
     """Guarded by one condition. Threads come and go once for many messages, so its cost does not matter."""
 
     def __init__(self) -> None:
+        self._asking = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """As new; in a forked child, since the threads that were on it exist in the parent only."""
+        want_alone(-self._asking)
         self._changed = threading.Condition()
         self._running: set[Lane] = set()
         self._asking = 0
@@ -68,12 +74,6 @@ class Floor:
 
     def _is_taken(self) -> bool:
         return self._alone or any(lane.holds_claims for lane in self._running)
-
-
-    def reset(self) -> None:
-        """In a forked child: the threads that were on it exist in the parent only."""
-        want_alone(-self._asking)
-        self.__init__()  # type: ignore[misc] - nobody else uses it yet
 
 
 floor = Floor()  # the process's: a crash ends all of its consumers, whatever their groups

@@ -9,12 +9,14 @@ from typing import Any, Final
 from support.waiting import DEADLINE, wait_until
 
 from shmbroker import ConsumeContext, ConsumeStatus, ReceivedMessage
+from shmbroker.broker import Broker
 
 SUCCESS: Final = ConsumeStatus.CONSUME_SUCCESS
 LATER: Final = ConsumeStatus.RECONSUME_LATER
 
-# A member of the group "audit" in a process of its own, with settings as keyword arguments. It prints "began BODY ATTEMPT"
-# for each message, and answers at once, unless the body begins with "slow": then when a line comes. A body "poison" kills it.
+# A member of the group "audit" in a process of its own, with settings as keyword arguments. It prints "began BODY
+# ATTEMPT" for each message, and answers at once, unless the body begins with "slow": then when a line comes. A body
+# "poison" kills it.
 PUSHER: Final = """
     import os, signal, sys, threading, shmbroker
     lines, turn = threading.Semaphore(0), threading.Lock()
@@ -39,7 +41,7 @@ PUSHER: Final = """
 
 
 class Heard:
-    """A listener that keeps what it was given: bodies, attempts, threads. ``answer``: called with message and context."""
+    """A listener that keeps what it was given: bodies, attempts, threads. ``answer`` is called as a listener is."""
 
     def __init__(self, answer: Callable[[Any, ConsumeContext], Any] = lambda _messages, _context: SUCCESS) -> None:
         self._answer = answer
@@ -88,3 +90,18 @@ class Gate:
 
     def let_go(self, count: int = 1000) -> None:
         self._open.release(count)
+
+
+def done_with(broker: Broker, group: str = "audit") -> int:
+    """How many messages of the topic the group is done with."""
+    tables = [table for table in broker.region.progress() if table["group"] == group and table["topic"] == "orders"]
+    return sum(table["base"] + sum(count for _, count in table["acked"]) for table in tables)
+
+
+def held(broker: Broker) -> int:
+    return sum(int(table["held"]) for table in broker.region.progress())
+
+
+def attempts(broker: Broker) -> dict[int, int]:
+    """Offset of queue 0 to deliveries counted."""
+    return next(table["attempts"] for table in broker.region.progress() if table["queue_id"] == 0)
