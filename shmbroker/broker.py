@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shmbroker.push_consumer import Listener, PushConsumer
     from shmbroker.store.commit_log import LogReader
     from shmbroker.store.consume_queue import ConsumeQueues, Entry
+    from shmbroker.store.serving_reader import ServingReader
 
 WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consumer that lags
 QUEUES_MAX: Final = 1024
@@ -231,6 +232,29 @@ class Broker:
         self.attach()
         return health.of_running(self._attached.region, self._attached.descriptor, self._paths)
 
+    def recall(self, handle: str) -> bool:
+        """Take back a delayed message, by the ``recall_handle`` of its SendResult, in any process.
+
+        True: it will not fire, ever. False: it has fired, or is not known (any more). Raises BadRequest (no handle),
+        BrokerBusy (ask again), StoreFull, StoreReadOnly.
+        """
+        from shmbroker.recall import recall
+
+        runtime = self.config.runtime
+        return recall(self, handle, runtime.send_timeout_ms / 1000, runtime.sync_flush_timeout_ms / 1000)
+
+    def open_log(self) -> ServingReader:
+        """The log's files, for the caller alone, who closes them."""
+        from shmbroker.store.serving_reader import ServingReader
+
+        store = bytes.fromhex(self._attached.descriptor.store)
+        return ServingReader(self._paths.log, self.config.layout.segment_bytes, store)
+
+    @property
+    def timers(self) -> tuple[Path, bytes]:
+        """Where the timer index lies, and the identity of its log."""
+        return self._paths.timers, bytes.fromhex(self._attached.descriptor.store)
+
     def read_log(self, position: int) -> bytes:
         """The record at ``position`` from the log's files. Raises PositionGone, CorruptLog."""
         with self._lock:
@@ -325,11 +349,9 @@ class Broker:
         self.attach()
         if self._files is None:
             from shmbroker.store.consume_queue import ConsumeQueues
-            from shmbroker.store.serving_reader import ServingReader
 
             store = bytes.fromhex(self._attached.descriptor.store)
-            log = ServingReader(self._paths.log, self.config.layout.segment_bytes, store)
-            self._files = log, ConsumeQueues(self._paths.queues, store)
+            self._files = self.open_log(), ConsumeQueues(self._paths.queues, store)
         return self._files
 
     def _close_files(self) -> None:

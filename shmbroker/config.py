@@ -165,6 +165,11 @@ class RuntimeConfig:
         except ConfigError as error:
             raise ConfigError(f"message_delay_level = {self.message_delay_level!r}: {error}") from None
 
+    @property
+    def delay_levels(self) -> tuple[float, ...]:
+        """Seconds of delay level 1, 2, and so on."""
+        return parse_delay_levels(self.message_delay_level)
+
 
 LAYOUT_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(LayoutConfig)}
 RUNTIME_RULES: Final[dict[str, Rule]] = {f.name: f.metadata["rule"] for f in fields(RuntimeConfig)}

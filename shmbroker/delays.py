@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from shmbroker.errors import ConfigError
@@ -23,6 +24,7 @@ def parse_delay(text: str) -> float:
     return seconds
 
 
+@lru_cache
 def parse_delay_levels(text: str) -> tuple[float, ...]:
     """Seconds of the levels 1, 2, ... of ``"1s 5s 10s"``. Raises ConfigError."""
     levels = tuple(parse_delay(word) for word in text.split())

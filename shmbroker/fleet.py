@@ -18,7 +18,7 @@ from shmbroker.errors import ConfigError
 from shmbroker.failpoint import ENVIRONMENT_KEY
 from shmbroker.naming import BrokerPaths
 
-WORKERS: Final = ("flusher", "dispatcher", "janitor")  # in the order in which they are needed
+WORKERS: Final = ("flusher", "dispatcher", "janitor", "scheduler")  # in the order in which they are needed
 # A worker that died is restarted at once; one that keeps dying waits, so that a broken disk does not burn a core.
 DEATHS_BEFORE_BACKOFF: Final = 5
 DEATHS_WINDOW_SECONDS: Final = 10.0

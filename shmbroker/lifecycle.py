@@ -171,7 +171,8 @@ def _identify(paths: BrokerPaths, config: Config, checkpoints: CheckpointFile) -
     checkpoint = checkpoints.read()
     if checkpoint is not None:
         return checkpoint.store, config
-    for path in (paths.queues, paths.index):  # derived from a log that is no more: somebody has removed most of it all
+    # What is derived from a log that is no more: somebody has removed most of it all.
+    for path in (paths.queues, paths.index, paths.timers):
         for leftover in path.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return os.urandom(16), config

@@ -6,10 +6,16 @@ between the two without one meaning the other's bookkeeping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Final
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final, TypeGuard
 
+from shmbroker.delays import DELAY_MAX, format_delay
 from shmbroker.errors import MessageIllegal, PropertiesTooLarge
+
+if TYPE_CHECKING:
+    from shmbroker._native._core import Message
 
 ENCODED_BYTES_MAX: Final = 32_767  # RocketMQ: a signed 16-bit length
 NAME_VALUE_SEPARATOR: Final = "\x01"
@@ -72,6 +78,49 @@ def check_properties(properties: Mapping[str, str] | None) -> dict[str, str]:
         checked[name] = value
     _bounded("properties", "".join(f"{n}\x01{v}\x02" for n, v in checked.items()))
     return checked
+
+
+def check_delay(level: object, delay: object, deliver_at: object) -> tuple[int | None, float | None, float | None]:
+    """At most one of them, as level, seconds from the send, seconds since 1970. How far ahead is looked at by the send.
+
+    Level 0 and what is due already are no delay, as in RocketMQ. A datetime without a time zone is local time.
+    """
+    if sum(given is not None for given in (level, delay, deliver_at)) > 1:
+        raise MessageIllegal("give one of delay_level, delay and deliver_at")
+    if level is not None and (type(level) is not int or level < 0):
+        raise MessageIllegal(f"delay_level = {level!r}: 1 for the first of message_delay_level, and so on")
+    if isinstance(delay, timedelta):
+        delay = delay.total_seconds()
+    if delay is not None and not (_is_number(delay) and delay >= 0):
+        raise MessageIllegal(f"delay = {delay!r}: seconds from now, or a timedelta, not negative")
+    if isinstance(deliver_at, datetime):
+        deliver_at = deliver_at.timestamp()
+    if deliver_at is not None and not (_is_number(deliver_at) and deliver_at >= 0):
+        raise MessageIllegal(f"deliver_at = {deliver_at!r}: seconds since 1970, or a datetime")
+    return level, delay, deliver_at
+
+
+def due_ns(message: Message, now_ns: int, levels: Sequence[float]) -> int:
+    """When a delayed message that is sent now is due; 0: at once. ``levels``: seconds of each delay level."""
+    if message.delay_level is not None:
+        if message.delay_level > len(levels):
+            raise MessageIllegal(
+                f"delay_level = {message.delay_level}: message_delay_level of this broker has {len(levels)} levels"
+            )
+        due = now_ns + int(levels[message.delay_level - 1] * 1e9) if message.delay_level else 0
+    elif message.delay is not None:
+        due = now_ns + int(message.delay * 1e9)
+    else:
+        due = int((message.deliver_at or 0) * 1e9)
+    if due > now_ns + int(DELAY_MAX * 1e9):
+        raise MessageIllegal(
+            f"due in {format_delay((due - now_ns) // 10**9)}: a message can be delayed by {format_delay(DELAY_MAX)} at most"
+        )
+    return due if due > now_ns else 0
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bounded(what: str, text: str) -> str:

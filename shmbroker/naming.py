@@ -97,15 +97,16 @@ class BrokerPaths:
         self.log = self.root / "log"
         self.queues = self.root / "queues"
         self.index = self.root / "index"
+        self.timers = self.root / "timers"
         self.checkpoint = self.root / "checkpoint"
         self.run = self.root / "run"
         self.descriptor = self.run / "broker.json"
         self.lock = self.run / "lock"
 
     @property
-    def parts(self) -> tuple[Path, Path, Path, Path]:
+    def parts(self) -> tuple[Path, ...]:
         """The directories in it."""
-        return self.log, self.queues, self.index, self.run
+        return self.log, self.queues, self.index, self.timers, self.run
 
     def make(self) -> None:
         """Make the directory and what stands in it, for its owner alone. What exists keeps its mode."""

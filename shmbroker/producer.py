@@ -18,6 +18,7 @@ from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, 
 from shmbroker.completion import Completion
 from shmbroker.config import Config
 from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.message import due_ns
 from shmbroker.naming import check_group, check_topic
 
 Result = TypeVar("Result")
@@ -57,6 +58,9 @@ class ProducerHome(Protocol):
 
     def read_log(self, position: int) -> bytes:
         """The record at ``position`` from the log's files."""
+
+    def recall(self, handle: str) -> bool:
+        """As Broker.recall."""
 
 
 class Producer(ProducerCore):
@@ -115,6 +119,12 @@ class Producer(ProducerCore):
             raise BadRequest("an empty dedup_key")
         digest = hashlib.blake2b(message.topic.encode() + b"\0" + key, digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+    def _due_ns(self, message: Message, now_ns: int) -> int:
+        return due_ns(message, now_ns, self._home.config.runtime.delay_levels)
+
+    def _recall(self, handle: str) -> bool:
+        return self._home.recall(handle)
 
     def _attach_again(self) -> Client:
         return self._home.attach()

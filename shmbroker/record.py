@@ -76,6 +76,7 @@ class RecordFlag(IntFlag):
     DEDUP = 0x02
     GROUP_LAST = 0x04
     WAIT_STORE_NOT_OK = 0x08
+    LATE = 0x10
 
 
 def padded(size: int) -> int:

@@ -45,6 +45,7 @@ def drain(held: Held, paths: BrokerPaths, fleet: Fleet) -> bool:
     region = held.region
     region.set("state", memory.STATE_DRAINING)
     failpoint("supervisor.draining")  # leaves memory that the next supervisor takes over
+    _finish(region, fleet, "scheduler")  # from DRAINING on nothing fires
     finished = _finish(region, fleet, "dispatcher")  # progress, snapshot, clean checkpoint: the flusher still works
     _finish(region, fleet, "flusher")  # flushes up to tail before it leaves
     _finish(region, fleet, "janitor")

@@ -19,6 +19,7 @@ from support.waiting import wait_until
 
 import shmbroker as api
 from shmbroker import memory
+from shmbroker.health import EXPECTED_ROLES
 from shmbroker.naming import BrokerPaths
 from shmbroker.tools.exit_codes import ExitCode
 
@@ -33,7 +34,7 @@ def test_status_of_a_well_broker_shows_its_workers_and_finds_nothing(server: Pat
     shmbroker_json(server, "send", "--topic", "t", stdin=feed(lines(10)))
     health = shmbroker_json(server, "status")
     assert (health["state"], health["findings"], health["topics"]) == ("running", [], 1)
-    assert {worker["role"] for worker in health["workers"]} == {"supervisor", "flusher", "dispatcher", "janitor"}
+    assert {worker["role"] for worker in health["workers"]} == set(EXPECTED_ROLES)
     assert all(psutil.pid_exists(worker["pid"]) for worker in health["workers"])
     assert health["positions"]["tail"] >= health["positions"]["flushed"] >= 0
     assert health["positions"]["tail"] > 10 * len("line 0")

@@ -39,7 +39,7 @@ def filled(tmp_path: Path) -> Iterator[tuple[Region, ConsumeQueues]]:
             entries = [ENTRY.pack(number * SEGMENT + 128 * queue_id, 100, 0) for number in range(MESSAGES)]
             queues.write(1, queue_id, 0, b"".join(entries))
             region.restore_queue(1, queue_id, MESSAGES, 0)
-        for word in ("tail", "flushed", "dispatched", "indexed", "snapshot"):
+        for word in ("tail", "flushed", "dispatched", "indexed", "snapshot", "timers_kept"):
             region.set(word, END)
         yield region, queues
     queues.close()

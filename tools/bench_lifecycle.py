@@ -35,7 +35,7 @@ LARGE_BODY_BYTES = MIB
 LOAD_BODY_BYTES = 1024
 LOADED_TAIL_BYTES = 128 * MIB  # half of what is between two checkpoints at most
 LOAD_SECONDS = 10.0
-WORKERS = ("supervisor", "flusher", "dispatcher", "janitor")
+WORKERS = ("supervisor", "flusher", "dispatcher", "janitor", "scheduler")
 
 
 def system_calls(bench: Bench) -> Results:

@@ -18,7 +18,7 @@ from shmbroker.config import FILE_NAME
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
-ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor")
+ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor", "scheduler")
 
 
 @click.command()

@@ -66,6 +66,7 @@ class Exit(IntEnum):
 
 SLEEP_IDLE: Final = 1  # any append ends the sleep
 SLEEP_TICK: Final = 2  # only urgent work ends it
+SLEEP_TIMER: Final = 3  # a timer that is due before ``timer_look`` ends it
 
 ROLE_LOCK_SLICE: Final = 0.5  # who waits for its role looks so often whether it is still wanted
 ATTACH_TIMEOUT: Final = 60.0  # a log may have to be scanned first

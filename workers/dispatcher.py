@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source
+from shmbroker.delivery.dispatch import Dispatcher, Indexer, Source, scan_to_dispatch
 from shmbroker.delivery.upkeep import Upkeep
 from shmbroker.errors import CorruptLog
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
@@ -39,10 +39,12 @@ def serve(worker: common.Worker) -> None:
         ConsumeQueues(paths.queues, worker.store, writable=True, open_files_max=open_files) for _ in range(2)
     )
     readers = [ServingReader(paths.log, region.segment_bytes, worker.store) for _ in range(2)]
-    indexer = Indexer(region, Source(region, readers[1]), lambda: KeyIndex(paths.index, worker.store, writable=True))
+    indexer = Indexer(
+        region, Source(region, readers[1], scan_to_dispatch), lambda: KeyIndex(paths.index, worker.store, writable=True)
+    )
     checkpoints = CheckpointFile(paths.checkpoint)
     last = checkpoints.read() or Checkpoint(worker.store)
-    dispatcher = Dispatcher(region, Source(region, readers[0]), queues, indexer, last.dispatched)
+    dispatcher = Dispatcher(region, Source(region, readers[0], scan_to_dispatch), queues, indexer, last.dispatched)
     upkeep = Upkeep(region, worker.config.runtime, dispatcher, own_queues, indexer, checkpoints, last)
     thread = _UpkeepThread(worker, upkeep)
     thread.start()

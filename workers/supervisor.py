@@ -72,7 +72,7 @@ class Supervisor:
         footing = Footing(self._paths, held.descriptor)
         try:
             tell_ready()
-            fleet.start(["dispatcher", "janitor"])
+            fleet.start(["dispatcher", "janitor", "scheduler"])
             log.info("serving %s, epoch %d", self._paths.directory, held.region.get("epoch"))
             vanished = self._stay(held.region, fleet, footing, config.runtime.embed_grace_ms / 1000)
         except Exception as error:  # a fault here, or no processes: that is no reason to leave memory behind

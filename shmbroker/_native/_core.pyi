@@ -1,6 +1,7 @@
 """Types of the native core. Units: positions and sizes in bytes, offsets in messages, deadlines in ns of CLOCK_MONOTONIC."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Final, overload
 
 RECORD_HEADER_BYTES: Final[int]
@@ -77,6 +78,16 @@ def dispatch_scan(
     that the key index wants (keys, a producer's sequence 1 and every 1,024th). Why: as for ``scan``.
     """
 
+def timer_scan(
+    data: Any, position: int, epoch: int, segment_bytes: int
+) -> tuple[list[tuple[int, int, int, int, int]], int, int, str]:
+    """What a run of records says about delayed messages: (events, position behind, last epoch, why, as for ``scan``).
+
+    An event is (position of the record that says it, kind, position of the TIMER record that it is about, a, b). TIMER:
+    a is when it is due, b its padded size. FIRED: a and b are 0, or of a timer that was carried on its origin and the
+    position of its successor. RECALL: a is the end of the record. Only these kinds have their CRC checked.
+    """
+
 class Record:
     """One record, decoded from a copy of its bytes; equal if the bytes are."""
     position: int
@@ -131,9 +142,13 @@ class Message:
     keys: str
     properties: dict[str, str]
     wait_store_ok: bool
+    delay_level: int | None   # 1 for the first of message_delay_level
+    delay: float | None       # seconds from its send
+    deliver_at: float | None  # seconds since 1970
     def __init__(
         self, topic: str, body: bytes, *, tags: str | None = None, keys: str | Iterable[str] | None = None,
-        properties: Mapping[str, str] | None = None, wait_store_ok: bool = True,
+        properties: Mapping[str, str] | None = None, wait_store_ok: bool = True, delay_level: int | None = None,
+        delay: float | timedelta | None = None, deliver_at: datetime | float | None = None,
     ) -> None: ...
 
 class ReceivedMessage:
@@ -157,8 +172,11 @@ class SendResult:
     message_id: str
     topic: str
     queue_id: int
-    queue_offset: int
+    queue_offset: int       # 0 of a delayed message: it gets one when it fires
     position: int           # of the record
+    recall_handle: str | None  # of a delayed message: what Broker.recall takes, in any process
+    def recall(self) -> bool:
+        """As Broker.recall; False of a message that was not delayed."""
     end_position: int       # durable when flushed has reached it
     duplicate: bool         # an earlier send with this id or dedup key was found: this is its result
     def confirm(self, timeout: float = 5.0) -> Any:
@@ -251,6 +269,14 @@ class Region:
     ) -> tuple[int, int]:
         """Append records of one kind as one atomic group, with the system's reserve. (position, end position)."""
 
+    # delayed messages. ``records`` are whole TIMER records, checked; ``turn`` is what the word ``timer_turn`` was before the
+    # caller read the log up to its tail. None, False: somebody was faster, nothing was appended: read on and try again.
+    def fire(self, records: list[bytes], turn: int, timeout_ns: int) -> int | None:
+        """Append their messages, and that they have fired, as one group. How many messages: those of deleted topics are none."""
+    def carry_on(self, records: list[bytes], origins: list[int], turn: int, timeout_ns: int) -> bool:
+        """Append them anew, and that the old ones are done with, as one group. ``origins``: of each, the position of the first
+        record that it descends from."""
+
     # definitions; each appends its record in the same atomic append that makes it live
     def define_topic(self, name: str, queues: int, permission: int = 0, topic_id: int = 0, next_offsets: Sequence[int] | None = None,
                      record: bool = True) -> int:
@@ -312,6 +338,8 @@ class Client:
     def close(self) -> None: ...
     def append_system(self, kind: int, bodies: Sequence[bytes], timeout_ns: int) -> tuple[int, int]:
         """As Region.append_system, in this client's name."""
+    def recall(self, position: int, turn: int, timeout_ns: int) -> int | None:
+        """Append that the timer at ``position`` is not to fire. The end position; None: ``timer_turn`` is not ``turn`` any more."""
     def wait_flushed(self, position: int, timeout_ns: int) -> bool: ...
 
 class TopicRoute:
@@ -356,6 +384,8 @@ class ProducerCore:
     @staticmethod
     def _settle(result: SendResult, deadline_ns: int) -> SendResult: ...
     def _attach_again(self) -> Client: ...
+    def _due_ns(self, message: Message, now_ns: int) -> int: ...
+    def _recall(self, handle: str) -> bool: ...
     def _rebind(self, client: Client) -> None: ...
     def _shut(self) -> None: ...
 

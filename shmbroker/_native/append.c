@@ -246,6 +246,8 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             sb_store(last, position); /* a hint for the flusher's wake-ups: before tail, or it might miss them */
             next++;
             bytes += item->body_bytes;
+        } else if (item->kind == SB_KIND_TIMER) {
+            sb_store(&sb_marks(r)->timed, position + 1); /* SYNC: timed. A hint, as above */
         }
         if (code == SB_OK && (options & SB_APPEND_DEDUP)) {
             code = sb_id_remember(r, item);
@@ -357,7 +359,11 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
     sb_watermarks *m = sb_marks(r);
     sb_fence();
     uint32_t last = SB_NIL;
+    uint64_t due = UINT64_MAX;
     for (uint32_t i = 0; i < count; i++) {
+        if (items[i].kind == SB_KIND_TIMER && items[i].queue_offset < due) {
+            due = items[i].queue_offset;
+        }
         if (items[i].queue_slot == SB_NIL || sb_queue_at(r, items[i].queue_slot)->topic_slot == last) {
             continue;
         }
@@ -369,4 +375,7 @@ void sb_append_wake(sb_region *r, const sb_item *items, uint32_t count)
     (void)sb_worker_post(r, SB_ROLE_FLUSHER, sb_peek(&m->sync_flush) != 0);
     (void)sb_worker_post(r, SB_ROLE_DISPATCHER, 0);
     (void)sb_worker_post(r, SB_ROLE_REPLICATOR, 0);
+    if (due != UINT64_MAX && due < sb_load(&m->timer_look)) {
+        (void)sb_worker_post(r, SB_ROLE_SCHEDULER, 1);
+    }
 }

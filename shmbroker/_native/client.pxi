@@ -119,6 +119,14 @@ cdef class Client:
         finally:
             self.exit()
 
+    def recall(self, uint64_t position, uint64_t turn, int64_t timeout_ns):
+        self.check()
+        self.enter()
+        try:
+            return append_recall(&self.region.r, self.slot, position, turn, timeout_ns)
+        finally:
+            self.exit()
+
     def wait_flushed(self, uint64_t position, int64_t timeout_ns):
         cdef int code
         self.check()

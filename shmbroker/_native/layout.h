@@ -103,7 +103,7 @@ enum sb_kind {
     SB_KIND_SNAPSHOT_END = 8,
     SB_KIND_IDS = 9,            /* binary: ids of dedup keys, in a snapshot (R17) */
     SB_KIND_TIMER = 10,         /* a message in no queue yet. queue_offset: CLOCK_REALTIME ns at which it is due */
-    SB_KIND_FIRED = 11,         /* binary: positions of TIMER records whose messages are in this group of records */
+    SB_KIND_FIRED = 11,         /* binary: TIMER records that are done with, their messages are in this group (sb_fired) */
     SB_KIND_RECALL = 12,        /* binary: the position of a TIMER record that is not to fire */
     SB_KIND_LAST = 12
 };
@@ -112,6 +112,7 @@ enum sb_kind {
 #define SB_FLAG_DEDUP 0x02u /* the id was derived from a dedup key: remembered in the hash window (R17) */
 #define SB_FLAG_GROUP_LAST 0x04u
 #define SB_FLAG_WAIT_STORE_NOT_OK 0x08u /* the sender asked for no durability wait (RocketMQ's WAIT=false) */
+#define SB_FLAG_LATE 0x10u /* a delayed message that fired: its id is older than those around it */
 #define SB_NO_QUEUE 0xffffu
 
 /* --------------------------------------------------------------------------------------------------------------
@@ -178,6 +179,11 @@ typedef struct {
     sb_word waiters_high;              /* wait slots ever taken: scans stop here; only grows */
     sb_word lock_takeovers;            /* append lock found with a dead owner, counted for `status` */
     sb_word damaged;                   /* 1 + position of the first damage that somebody met in the log, by CAS; 0 none */
+    sb_word timer_turn;                /* append effect of whoever fires, recalls or carries on timers: decides who was first */
+    sb_word timers_kept;               /* writer: scheduler. No TIMER record before it is pending, and none unknown to it */
+    sb_word timers_wanted;             /* writer: retention. It would give up the log before this, but for the timers */
+    _Alignas(SB_LINE) sb_word timed;   /* append lock, before tail: 1 + position of the newest TIMER record. SYNC: timed */
+    sb_word timer_look;                /* writer: scheduler. CLOCK_REALTIME ns of its next look: earlier timers post it */
     sb_word ids_remembered;            /* append lock, undo scope: the next entry of the id window, modulo its size */
 } sb_watermarks;
 
@@ -219,7 +225,12 @@ enum sb_role {
     SB_ROLE_SUPERVISOR = 0, SB_ROLE_FLUSHER = 1, SB_ROLE_DISPATCHER = 2, SB_ROLE_JANITOR = 3,
     SB_ROLE_REPLICATOR = 4, SB_ROLE_SCHEDULER = 5, SB_ROLE_CHECKER = 6
 };
-enum sb_sleep { SB_AWAKE = 0, SB_SLEEP_IDLE = 1 /* any append posts */, SB_SLEEP_TICK = 2 /* only urgent work posts */ };
+enum sb_sleep {
+    SB_AWAKE = 0,
+    SB_SLEEP_IDLE = 1, /* any append posts */
+    SB_SLEEP_TICK = 2, /* only urgent work posts */
+    SB_SLEEP_TIMER = 3 /* a timer that is due before `timer_look` posts */
+};
 
 /* An attached process. */
 typedef struct {
@@ -397,6 +408,13 @@ typedef struct {
     uint64_t incarnation, sequence, position;
 } sb_known_id;
 
+/* Body of a FIRED record, little-endian: as many of these as it is long. back 0: the message is in this group, or its
+ * topic is no more. Else the timer was carried on: the TIMER record `back` bytes before this record takes its place, and
+ * `origin` is the position of the first that was in it, by which its handle names it. */
+typedef struct {
+    uint64_t position, origin, back;
+} sb_fired;
+
 typedef struct {
     sb_header header;
     _Alignas(SB_LINE) sb_limits limits;
@@ -420,6 +438,7 @@ _Static_assert(sizeof(sb_client) == 128 + 16 * SB_ID_WINDOW, "client slot");
 _Static_assert(sizeof(sb_topic) % SB_LINE == 0 && sizeof(sb_group) % SB_LINE == 0, "tables stay aligned");
 _Static_assert(sizeof(sb_block) == 64 + 8 * SB_BLOCK_ENTRIES, "index block");
 _Static_assert(sizeof(sb_known_id) == 24, "ids body");
+_Static_assert(sizeof(sb_fired) == 24, "fired body");
 _Static_assert(sizeof(sb_progress) == 32 && offsetof(sb_progress, base) == 16 && sizeof(sb_progress_run) == 16, "progress body");
 _Static_assert(sizeof(sb_claims) % SB_LINE == 0 && sizeof(sb_overflow) == 32 && sizeof(sb_id) == 32, "tables");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the log is little-endian");

@@ -58,4 +58,14 @@ cdef sb_word *mark(sb_region *r, str name) except NULL:
         return &m.damaged
     if name == "lock_takeovers":
         return &m.lock_takeovers
+    if name == "timer_turn":
+        return &m.timer_turn
+    if name == "timers_kept":
+        return &m.timers_kept
+    if name == "timers_wanted":
+        return &m.timers_wanted
+    if name == "timed":
+        return &m.timed
+    if name == "timer_look":
+        return &m.timer_look
     raise KeyError(name)

@@ -22,9 +22,14 @@ cdef class Message:
     cdef readonly str keys
     cdef readonly dict properties
     cdef readonly bint wait_store_ok
+    cdef readonly object delay_level
+    cdef readonly object delay
+    cdef readonly object deliver_at
     cdef bytes encoded_properties
+    cdef bint delayed
 
-    def __init__(self, str topic not None, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True):
+    def __init__(self, str topic not None, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True,
+                 delay_level=None, delay=None, deliver_at=None):
         if self.topic is not None:
             raise TypeError("a Message is immutable")  # a send may be reading it without the GIL
         self.topic = topic
@@ -38,6 +43,9 @@ cdef class Message:
         else:
             self.properties = {}
             self.encoded_properties = None
+        if delay_level is not None or delay is not None or deliver_at is not None:
+            self.delay_level, self.delay, self.deliver_at = _rules.check_delay(delay_level, delay, deliver_at)
+            self.delayed = True
 
     def __repr__(self):
         return f"Message({self.topic!r}, {len(self.body)} bytes, tags={self.tags!r}, keys={self.keys!r})"
@@ -55,11 +63,20 @@ cdef class SendResult:
     cdef readonly bint duplicate
     cdef uint64_t incarnation
     cdef uint64_t sequence
+    cdef uint64_t due_ns
+    cdef object recaller
     cdef Client client
 
     @property
     def message_id(self):
         return id_text(self.incarnation, self.sequence)
+
+    @property
+    def recall_handle(self):
+        return f"{self.position:016x}{self.due_ns:016x}{self.message_id}" if self.due_ns else None
+
+    def recall(self):
+        return self.recaller(self.recall_handle) if self.due_ns else False
 
     def confirm(self, timeout=5.0):
         return confirm_position(self.client, self.end_position, timeout)

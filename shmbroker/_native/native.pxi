@@ -34,6 +34,7 @@ cdef extern from "layout.h" nogil:
         SB_BLOCK_ENTRIES
         SB_FLAG_DEDUP
         SB_FLAG_WAIT_STORE_NOT_OK
+        SB_FLAG_LATE
         SB_STATE_STARTING
         SB_STATE_RUNNING
         SB_STATE_STOPPED
@@ -105,6 +106,11 @@ cdef extern from "layout.h" nogil:
         sb_word waiters_high
         sb_word damaged
         sb_word lock_takeovers
+        sb_word timer_turn
+        sb_word timers_kept
+        sb_word timers_wanted
+        sb_word timed
+        sb_word timer_look
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct sb_locks:
@@ -244,7 +250,9 @@ cdef extern from "ring.h" nogil:
         uint8_t kind, flags, attempts
         uint64_t position, queue_offset
     ctypedef struct sb_effect:
-        pass
+        sb_word *word
+        uint64_t expected, desired
+        int claim
     enum:
         SB_APPEND_SYSTEM
         SB_APPEND_RESEND

@@ -17,33 +17,6 @@ cdef int64_t deadline_of(timeout) except -1:
     return sb_now_ns() + <int64_t>(min(seconds, 1e9) * 1e9)
 
 
-cdef class TopicRoute:
-    """A topic as a producer knows it; looked up again when the definitions have moved."""
-    cdef readonly str name
-    cdef readonly uint32_t topic_id
-    cdef readonly uint32_t count
-    cdef readonly uint32_t permission
-    cdef uint64_t generation
-    cdef uint32_t slots[SB_QUEUES_PER_TOPIC_MAX]
-
-
-cdef TopicRoute find_route(sb_region *r, str topic):
-    """None if there is no such topic."""
-    cdef uint32_t slot = 0
-    cdef bytes name = topic.encode()
-    cdef TopicRoute route = TopicRoute.__new__(TopicRoute)
-    route.name = topic
-    while True:  # definitions hardly ever move while they are copied
-        route.generation = sb_load(&sb_marks(r).topic_generation)
-        if sb_topic_find(r, name, &slot) != SB_OK:
-            return None
-        route.topic_id = sb_topic_at(r, slot).topic_id
-        route.permission = <uint32_t>sb_load(&sb_topic_at(r, slot).permission)
-        route.count = sb_topic_queues(r, slot, route.slots, SB_QUEUES_PER_TOPIC_MAX)
-        if route.generation == sb_load(&sb_marks(r).topic_generation):
-            return route if route.count else None
-
-
 cdef object durability(Client client, uint64_t end, int64_t deadline_ns):
     """The status of an append that ends at ``end``: table 1.2 of the master's own disk. It stands in memory whatever
     comes now, so nothing that happens here is an error: a failed disk, a stopped broker are a timeout that comes at once."""
@@ -108,6 +81,13 @@ cdef class ProducerCore:
         raise NotImplementedError
 
     def _dedup_id(self, Message message, dedup_key):
+        raise NotImplementedError
+
+    def _due_ns(self, Message message, int64_t now_ns):
+        """When a delayed message is due, by CLOCK_REALTIME; 0: at once."""
+        raise NotImplementedError
+
+    def _recall(self, str handle):
         raise NotImplementedError
 
     def _attach_again(self):
@@ -236,6 +216,8 @@ cdef class ProducerCore:
         cdef int64_t deadline = 0 if timeout is None else deadline_of(timeout)
         cdef int code = SB_GONE
         self.fill(client, &item, message, sb_realtime_ns())
+        if message.delayed:
+            self.delay(r, &item, message, result)
         if result.client is not None:
             options = SB_APPEND_RESEND
         elif dedup_key is None:
@@ -256,17 +238,32 @@ cdef class ProducerCore:
             client.check()  # what ran since may have closed it
             item.topic_id = route.topic_id
             item.queue_id = <uint16_t>queue
-            item.queue_slot = route.slots[queue]
+            item.queue_slot = SB_NIL if result.due_ns else route.slots[queue]
             code = self.append(client, &item, 1, options, deadline, &end)
         result.status = SEND_OK
         result.topic = message.topic
         result.queue_id = queue
-        result.queue_offset = item.queue_offset
+        result.queue_offset = 0 if result.due_ns else item.queue_offset
         result.position = item.position
         result.end_position = end
         if code == SB_DUPLICATE:
             self._earlier(result)
         return result
+
+    cdef int delay(self, sb_region *r, sb_item *item, Message message, SendResult result) except -1:
+        """Make it a timer, unless it is due at once."""
+        cdef uint64_t size = (SB_RECORD_HEADER + item.tags_bytes + item.keys_bytes + item.properties_bytes
+                              + <uint64_t>item.body_bytes)
+        result.due_ns = self._due_ns(message, item.born_ns)
+        if result.due_ns == 0:
+            return 0
+        # It has to fit into one append with the record that says that it has fired.
+        if sb_padded(size) + SB_RECORD_HEADER + sizeof(sb_fired) > min(r.segment_bytes, r.ring_bytes) // 4:
+            raise code_error(r, SB_TOO_LARGE, "sending a delayed message")
+        item.kind = SB_KIND_TIMER
+        item.queue_offset = result.due_ns
+        result.recaller = self._recall
+        return 0
 
     def _earlier(self, SendResult result):
         """Fill in the place of the earlier send with this id: from the ring, else from the log."""
@@ -276,7 +273,9 @@ cdef class ProducerCore:
         record = decode_record(raw, result.position)
         result.duplicate = True
         result.queue_id = record.queue_id
-        result.queue_offset = record.queue_offset
+        result.due_ns = record.queue_offset if record.kind == SB_KIND_TIMER else 0
+        result.queue_offset = 0 if result.due_ns else record.queue_offset
+        result.recaller = self._recall
         result.end_position = result.position + record.padded
 
     def _read_log(self, uint64_t position):
@@ -366,6 +365,8 @@ cdef class ProducerCore:
                         f"a batch has one topic: {first.topic!r} and {message.topic!r} were given (RocketMQ's rule)")
                 if message.wait_store_ok != first.wait_store_ok:
                     raise _errors.MessageIllegal("a batch has one wait_store_ok (RocketMQ's rule)")
+                if message.delayed:
+                    raise _errors.MessageIllegal("a delayed message cannot be sent in a batch (RocketMQ's rule): send it alone")
                 self.fill(client, &items[i], message, born_ns)
                 items[i].sequence = client.sequence + 1 + i
             client.sequence += count

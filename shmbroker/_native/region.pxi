@@ -384,6 +384,12 @@ cdef class Region:
                 sb_waiter_give(r, waiter)
             free(items)
 
+    def fire(self, list records not None, uint64_t turn, int64_t timeout_ns):
+        return append_fired(self.open(), self.waiter_owner, records, None, turn, timeout_ns)
+
+    def carry_on(self, list records not None, list origins not None, uint64_t turn, int64_t timeout_ns):
+        return append_fired(self.open(), self.waiter_owner, records, origins, turn, timeout_ns) is not None
+
     # -- definitions
 
     cdef int define(self, str what, str name, uint32_t queues, uint32_t permission, uint32_t number, bint record,

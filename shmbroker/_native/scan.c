@@ -125,7 +125,11 @@ int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk) {
         if (code != SB_OK) {
             return code;
         }
-        if (record.kind == SB_KIND_FILLER) {
+        if (record.kind == SB_KIND_FILLER || record.kind == SB_KIND_FIRED || record.kind == SB_KIND_RECALL) {
+            continue;
+        }
+        int landmark = record.sequence == 1 || (record.sequence != 0 && record.sequence % SB_ID_STRIDE == 0);
+        if (record.kind == SB_KIND_TIMER && (record.flags & SB_FLAG_DEDUP) == 0 && !(landmark && d->mark_keys)) {
             continue;
         }
         if (record.kind == SB_KIND_MESSAGE) {
@@ -137,8 +141,7 @@ int sb_dispatch_collect(sb_dispatch *d, sb_walk *walk) {
             d->run[run].next_offset++;
             d->run_of[d->entries] = run;
             d->entry[d->entries++] = (sb_entry){record.position, record.size, record.tag_hash};
-            int landmark = record.sequence == 1 || (record.sequence != 0 && record.sequence % SB_ID_STRIDE == 0);
-            int indexed = record.keys_bytes != 0 || landmark;
+            int indexed = record.keys_bytes != 0 || landmark || (record.flags & SB_FLAG_LATE) != 0;
             if ((record.flags & SB_FLAG_DEDUP) == 0 && !(indexed && d->mark_keys)) {
                 continue;
             }

@@ -344,7 +344,9 @@ int sb_worker_sleep(sb_region *r, uint32_t role, uint32_t mode, uint64_t seen, i
     atomic_store(&w->sleep, mode); /* SYNC: worker-sleep */
     sb_fence();
     int code = SB_OK;
-    int work = mode == SB_SLEEP_IDLE ? sb_load(&sb_marks(r)->tail) > seen : urgent_work(r, role);
+    int work = mode == SB_SLEEP_IDLE    ? sb_load(&sb_marks(r)->tail) > seen
+               : mode == SB_SLEEP_TIMER ? sb_load(&sb_marks(r)->timed) > seen /* SYNC: timed */
+                                        : urgent_work(r, role);
     if (!work) {
         code = sb_semaphore_wait(&w->wake, deadline_ns);
     }

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from shmbroker._native._core import Region, decode_record, dispatch_scan, find_record
 from shmbroker.errors import CorruptLog
@@ -51,15 +51,38 @@ class Scan(NamedTuple):
     why: str
 
 
-class Source:
+def scan_to_dispatch(data: memoryview, position: int, epoch: int, segment_bytes: int) -> Scan:
+    """What the dispatcher looks for."""
+    return Scan(*dispatch_scan(data, position, epoch, segment_bytes, PASS_RECORDS))
+
+
+class Pass(Protocol):
+    """What every look at a stretch of log answers."""
+
+    @property
+    def end(self) -> int:
+        """The position behind the last whole record."""
+
+    @property
+    def why(self) -> str:
+        """Why it stopped there, as for ``scan``."""
+
+
+Found = TypeVar("Found", bound=Pass)
+Look = Callable[[memoryview, int, int, int], Found]  # data, its position, epoch, segment_bytes
+
+
+class Source(Generic[Found]):
     """The records of a running broker's log: from the ring while it has them, else from the files.
 
     Not thread-safe, as LogReader is not.
     """
 
-    def __init__(self, region: Region, log: ServingReader) -> None:
+    def __init__(self, region: Region, log: ServingReader, look: Look[Found]) -> None:
+        """``look`` finds in a run of records what this source is asked for."""
         self._region = region
         self._log = log
+        self._look = look
         self._view = region.ring_view()
         self._pass_bytes = max(PASS_BYTES, region.max_message_bytes + SPARE_BYTES)
 
@@ -73,7 +96,7 @@ class Source:
         left = self._region.segment_bytes - position % self._region.segment_bytes
         return self.record(position + left if left < RECORD_HEADER_BYTES else position).epoch
 
-    def scan(self, position: int, end: int, epoch: int) -> Scan:
+    def scan(self, position: int, end: int, epoch: int) -> Found:
         """What lies in [position, end), at most one pass of it.
 
         ``end``, loaded before this call, is a value that ``tail`` or ``flushed`` had: no record crosses it. Raises
@@ -84,7 +107,7 @@ class Source:
         if found is None or found.end == position:
             # Only what is on the disk leaves the ring (R8); what an earlier life of the broker wrote was never in it.
             data = self._log.window(position, min(end, self._region.get("flushed")), self._pass_bytes)
-            found = Scan(*dispatch_scan(data, position, epoch, self._region.segment_bytes, PASS_RECORDS))
+            found = self._look(data, position, epoch, self._region.segment_bytes)
         if found.end == position:
             raise self._log.explain(position, f"no valid record, though the log goes on to {end}")
         return found
@@ -107,12 +130,12 @@ class Source:
                 at += _PAGE_BYTES - at % _PAGE_BYTES
         return end if found is None else found[0]
 
-    def _scan_ring(self, position: int, size: int, epoch: int) -> Scan | None:
+    def _scan_ring(self, position: int, size: int, epoch: int) -> Found | None:
         if not self._in_ring(position):
             return None
         start = position & (self._region.ring_bytes - 1)
         data = self._view[start : start + size]
-        found = Scan(*dispatch_scan(data, position, epoch, self._region.segment_bytes, PASS_RECORDS))
+        found = self._look(data, position, epoch, self._region.segment_bytes)
         if found.why == "invalid" or not self._in_ring(position):
             return None  # overwritten while it was read, or older than this memory, which began behind a recovered log
         return found
@@ -124,7 +147,9 @@ class Source:
 class Dispatcher:
     """Keeps the consume queues. One thread steps it; it must keep up with the producers."""
 
-    def __init__(self, region: Region, source: Source, queues: ConsumeQueues, indexer: Indexer, synced: int) -> None:
+    def __init__(
+        self, region: Region, source: Source[Scan], queues: ConsumeQueues, indexer: Indexer, synced: int
+    ) -> None:
         """``synced``: the consume queues' entries before it are durable, says the newest checkpoint."""
         self._region = region
         self._source = source
@@ -199,7 +224,7 @@ class Indexer:
     scans that stretch of the log itself. It never goes past ``flushed``: what it indexes no power cut takes back.
     """
 
-    def __init__(self, region: Region, source: Source, open_index: Callable[[], KeyIndex]) -> None:
+    def __init__(self, region: Region, source: Source[Scan], open_index: Callable[[], KeyIndex]) -> None:
         """``open_index`` is called in the first step, and again in each one until the disk has room for an index."""
         self._region = region
         self._source = source
@@ -296,5 +321,5 @@ class Indexer:
             body = TopicBody.parse(record.body)
             if body.deleted:
                 self.deleted_topics.append(body.topic_id)
-        elif record.kind == RecordKind.MESSAGE:
+        elif record.kind in (RecordKind.MESSAGE, RecordKind.TIMER):
             index.add(record)

@@ -51,7 +51,7 @@ class Restoration:
         """Take a system record, or a message with a dedup id. Raises CorruptLog for a body that nobody wrote so."""
         try:
             match record.kind:
-                case RecordKind.MESSAGE:
+                case RecordKind.MESSAGE | RecordKind.TIMER:
                     self._dedup.append((record.incarnation, record.sequence, record.position))
                 case RecordKind.TOPIC:
                     self._topic(TopicBody.parse(record.body))

@@ -26,7 +26,7 @@ def floor(region: Region, queues: ConsumeQueues) -> int:
     A group that consumes one queue of a topic is to get the others as well, also those added while it was away. What
     no group consumes yet waits for the first one.
     """
-    lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed"))
+    lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed", "timers_kept"))
     groups: dict[int, set[int]] = {}  # of each topic
     oldest: dict[tuple[int, int], dict[int, int]] = {}  # of each queue: the first offset that a group still needs
     for table in region.progress():

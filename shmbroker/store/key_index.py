@@ -29,7 +29,7 @@ from typing import Any, Final
 import lmdb
 
 from shmbroker import access
-from shmbroker.record import Record, RecordFlag
+from shmbroker.record import Record, RecordFlag, RecordKind
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +113,16 @@ class KeyIndex:
         return sum(map(len, self._entries.values())) + len(self._lowest)
 
     def add(self, record: Record) -> None:
-        """Take a message that the scan has marked. Call it in the order of the log."""
+        """Take a message, or a timer, that the scan has marked. Call it in the order of the log.
+
+        A timer counts as the message that came in its place: the one that it becomes when it fires is not among those
+        of its producer, and is found by its own entry.
+        """
         span = record.position // self._span_bytes
-        for key in record.keys.split():
-            self._entries["keys"].append((_KEY.pack(span, record.topic_id, _digest(key), record.position), b""))
-        if record.flags & RecordFlag.DEDUP:
+        if record.kind == RecordKind.MESSAGE:
+            for key in record.keys.split():
+                self._entries["keys"].append((_KEY.pack(span, record.topic_id, _digest(key), record.position), b""))
+        if record.flags & (RecordFlag.DEDUP | RecordFlag.LATE):
             entry = _DEDUP.pack(span, record.incarnation, record.sequence, record.position)
             self._entries["dedup"].append((entry, b""))
         elif record.sequence == 1 or (record.sequence and record.sequence % SEQUENCES_PER_ENTRY == 0):

@@ -72,7 +72,7 @@ def rebuild(
             messages += len(run[3]) // ENTRY_BYTES
         for mark in marks:
             record = decode_record(data[mark - position :], mark)
-            if record.kind == RecordKind.MESSAGE:
+            if record.kind in (RecordKind.MESSAGE, RecordKind.TIMER):
                 index.add(record)
             elif record.kind == RecordKind.TOPIC and (topic := TopicBody.parse(record.body)).deleted:
                 queues.delete_topic(topic.topic_id)

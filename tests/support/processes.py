@@ -19,6 +19,7 @@ import psutil
 from support.waiting import DEADLINE, wait_until
 
 from shmbroker import memory, process
+from shmbroker.health import EXPECTED_ROLES
 from shmbroker.naming import BrokerPaths
 
 # Small tables, so that many brokers fit beside each other and starts are quick.
@@ -115,13 +116,13 @@ def workers_of(directory: Path) -> dict[str, int]:
 
 
 def wait_for_workers(directory: Path) -> dict[str, int]:
-    """The same, once all four are at work."""
+    """The same, once all of them are at work."""
 
-    def all_four() -> dict[str, int] | None:
+    def everybody() -> dict[str, int] | None:
         found = workers_of(directory)
-        return found if len(found) == 4 else None
+        return found if found.keys() == set(EXPECTED_ROLES) else None
 
-    found = wait_until(all_four, "supervisor, flusher, dispatcher and janitor at work")
+    found = wait_until(everybody, "supervisor and all workers at work")
     assert found is not None
     return found
 
