@@ -114,7 +114,8 @@ def due_ns(message: Message, now_ns: int, levels: Sequence[float]) -> int:
         due = int((message.deliver_at or 0) * 1e9)
     if due > now_ns + int(DELAY_MAX * 1e9):
         raise MessageIllegal(
-            f"due in {format_delay((due - now_ns) // 10**9)}: a message can be delayed by {format_delay(DELAY_MAX)} at most"
+            f"due in {format_delay((due - now_ns) // 10**9)}: a message can be delayed by {format_delay(DELAY_MAX)}, "
+            "not by more"
         )
     return due if due > now_ns else 0
 
