@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import threading
 import time
@@ -116,16 +115,20 @@ class PushConsumer(PushCore):
         self._paused = False
         self._stopping = False
         self._left = False
-        self._ended = -1  # while ``run`` waits: an eventfd, readable when it need not wait any longer
+        self._asked = False  # by ``stop``
         self._lanes = [Lane(group) for _ in range(consume_thread_max)]
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"{group}-{number}", daemon=True)
             for number, lane in enumerate(self._lanes, 1)
         ]
-        for thread in self._threads:
-            thread.start()
-        if max_renewals != 0:
-            threading.Thread(target=self._keep_renewing, name=f"{group}-renewal", daemon=True).start()
+        try:
+            for thread in self._threads:
+                thread.start()
+            if max_renewals != 0:
+                threading.Thread(target=self._keep_renewing, name=f"{group}-renewal", daemon=True).start()
+        except BaseException:  # Ctrl-C, no more threads to be had: nobody has this consumer to shut it down
+            self.shutdown()
+            raise
 
     # ---- life
 
@@ -164,7 +167,7 @@ class PushConsumer(PushCore):
             self._changed.notify_all()
         self._clear_all()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
         running = [thread.name for thread in self._threads if thread.is_alive()]
         with self._changed:
@@ -176,7 +179,6 @@ class PushConsumer(PushCore):
                 "again, and their answers will be refused", self.group, len(running), ", ".join(running[:5]),
             )  # fmt: skip
         self._consumer.close()
-        self._say_ended()
         return not running
 
     def close(self) -> None:
@@ -184,39 +186,35 @@ class PushConsumer(PushCore):
         self.shutdown()
 
     def run(self) -> bool:
-        """Wait for SIGTERM or SIGINT, then shut down; for the main thread of a program that does nothing else.
+        """Wait for SIGTERM, SIGINT or ``stop``, then shut down; for a program, or a thread, that does nothing else.
 
-        Returns what ``shutdown`` returns. A second signal ends the program at once. Raises the error that has ended the
-        consumer before, if one has.
+        Returns what ``shutdown`` returns. The signals are those of the main thread; while the listeners that run are
+        waited for, they mean again what they meant before. Raises the error that has ended the consumer, if one has.
         """
-
-        ended = os.eventfd(0, os.EFD_CLOEXEC)
-
-        def ask(_signum: int, _frame: FrameType | None) -> None:
-            os.eventfd_write(ended, 1)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self._stop_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with self._changed:
-                self._ended = ended
-                waits = not self._stopping
-            if waits:
-                select.select([ended], [], [])
+                # A look now and then: a signal between the look and the sleep wakes nobody.
+                while not self._changed.wait_for(lambda: self._asked or self._stopping, PAUSE_SECONDS):
+                    pass
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            with self._changed:
-                self._ended = -1
-            os.close(ended)
         in_time = self.shutdown()
         if self.error is not None:
             raise self.error
         return in_time
 
-    def _say_ended(self) -> None:
+    def stop(self) -> None:
+        """Let ``run`` come to its end, or not begin to wait. May be called in the handler of a signal."""
+        self._asked = True
         with self._changed:
-            if self._ended >= 0:
-                os.eventfd_write(self._ended, 1)
+            self._changed.notify_all()
+
+    def _stop_on(self, _signum: int, _frame: FrameType | None) -> None:
+        self.stop()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")
@@ -304,8 +302,7 @@ class PushConsumer(PushCore):
             self.error = error
             logger.error("group %s: the consumer has ended: %s: %s", self.group, type(error).__name__, error)
             self._call_off()
-            self._say_ended()
-
+    
     # ---- the renewing thread
 
     def _keep_renewing(self) -> None:

@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "worker": ("serve", "Run one worker alone, for process managers."),
     "send": ("send", "Send lines as messages."),
     "receive": ("receive", "Print messages as lines and acknowledge them."),
+    "consume": ("consume", "Call a function with each message, in several processes."),
     "status": ("status", "Show the health of a broker, and what to do about it."),
     "topic": ("topic", "Create, list, alter and delete topics."),
     "group": ("group", "Show consumer groups and their lag; delete those nobody needs."),

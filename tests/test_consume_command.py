@@ -1,0 +1,197 @@
+"""``shmbroker consume``: a fleet of consumer processes under one foreground program."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from support.command import COMMAND, TIMEOUT, environment, shmbroker
+from support.consuming import numbered, send
+from support.listening import attempts, done_with, held
+from support.processes import SMALL
+from support.waiting import wait_until
+
+import shmbroker as api
+from shmbroker.broker import Broker
+from shmbroker.tools.exit_codes import ExitCode
+
+# Writes a line per call to a file, and then does what the body says.
+LISTENER = """
+import os, signal, threading
+from shmbroker import ConsumeStatus
+
+def handle(message, context):
+    with open(os.environ["HEARD"], "ab", buffering=0) as out:
+        out.write(b"%s %d %d\\n" % (message.body, message.delivery_attempt, os.getpid()))
+    if message.body == b"slow":
+        while not os.path.exists(os.environ["HEARD"] + ".go"):
+            threading.Event().wait(0.01)
+    if message.body == b"die once" and message.delivery_attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ConsumeStatus.CONSUME_SUCCESS
+
+nothing = None
+"""
+
+
+class Stage:
+    """A broker, a module with a listener, and what it heard."""
+
+    def __init__(self, broker: Broker, place: Path) -> None:
+        self.broker = broker
+        self.place = place
+        (place / "app.py").write_text(LISTENER)
+        self.file = place / "heard"
+
+    @property
+    def heard(self) -> list[tuple[bytes, int, int]]:
+        """Body, attempt, pid of each call."""
+        lines = self.file.read_bytes().splitlines() if self.file.exists() else []
+        return [(body, int(attempt), int(pid)) for body, attempt, pid in (line.rsplit(b" ", 2) for line in lines)]
+
+    def wait(self, count: int) -> list[tuple[bytes, int, int]]:
+        return wait_until(lambda: self.heard if len(self.heard) >= count else [], f"{count} calls")
+
+    def let_go(self) -> None:
+        (self.place / "heard.go").write_bytes(b"")
+
+    @contextmanager
+    def fleet(self, *arguments: str, listener: str = "app:handle") -> Iterator[subprocess.Popen[bytes]]:
+        command = [*COMMAND, "-d", str(self.broker.directory), "consume", listener, "-g", "audit", "-t", "orders"]
+        with (self.place / "log").open("wb") as out:
+            process = subprocess.Popen(
+                [*command, *arguments], cwd=self.place, stderr=out, env=environment() | {"HEARD": str(self.file)}
+            )
+            try:
+                yield process
+            finally:
+                children = members(process)
+                process.kill()
+                process.wait()
+                gone, alive = psutil.wait_procs(children, timeout=10)
+                assert not alive, "they end with their fleet"
+
+    @property
+    def log(self) -> str:
+        return (self.place / "log").read_text()
+
+
+def members(fleet: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(fleet.pid).children() if fleet.poll() is None else []
+
+
+@pytest.fixture
+def stage(directory: Path, tmp_path: Path) -> Iterator[Stage]:
+    with api.open(directory, **SMALL) as broker:
+        broker.create_topic("orders", queues=1)
+        yield Stage(broker, tmp_path)
+
+
+def test_every_message_meets_the_listener_in_one_of_the_processes(stage: Stage) -> None:
+    with stage.fleet("--processes", "2", "--threads", "2") as fleet:
+        wait_until(lambda: len(members(fleet)) == 2, "two processes")
+        send(stage.broker, *numbered(100))
+        heard = stage.wait(100)
+        wait_until(lambda: done_with(stage.broker) == 100, "everything acknowledged")
+        assert sorted(int(body) for body, *_ in heard) == list(range(100))
+        assert {attempt for _, attempt, _ in heard} == {1}
+        fleet.terminate()
+        assert fleet.wait(TIMEOUT) == ExitCode.OK
+    assert "Traceback" not in stage.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stop_lets_finish_what_runs_and_gives_back_the_rest(stage: Stage, number: signal.Signals) -> None:
+    send(stage.broker, b"slow", *numbered(5))
+    with stage.fleet("--threads", "1") as fleet:
+        stage.wait(1)
+        fleet.send_signal(number)
+        wait_until(lambda: held(stage.broker) == 1, "the rest given back")
+        stage.let_go()
+        assert fleet.wait(TIMEOUT) == ExitCode.OK
+    assert [body for body, *_ in stage.heard] == [b"slow"]
+    assert (done_with(stage.broker), attempts(stage.broker)) == (1, {})
+
+
+def test_a_stop_that_has_to_leave_something_unfinished_says_so(stage: Stage) -> None:
+    send(stage.broker, b"slow")
+    with stage.fleet("--await-termination", "0.1") as fleet:
+        stage.wait(1)
+        fleet.terminate()
+        assert fleet.wait(TIMEOUT) == ExitCode.FINDING
+    assert "still run" in stage.log
+    wait_until(lambda: held(stage.broker) == 0, "given back")
+    assert attempts(stage.broker) == {0: 1}
+
+
+@pytest.mark.crash
+def test_a_process_that_dies_is_started_again_and_its_message_delivered_again(stage: Stage) -> None:
+    with stage.fleet() as fleet:
+        send(stage.broker, b"die once", *numbered(20))
+        wait_until(lambda: done_with(stage.broker) == 21, "everything acknowledged")
+        assert "was killed by SIGKILL: started again" in stage.log
+        heard = stage.heard
+        assert [attempt for body, attempt, _ in heard if body == b"die once"] == [1, 2]
+        assert len({pid for *_, pid in heard}) == 2
+        fleet.terminate()
+        assert fleet.wait(TIMEOUT) == ExitCode.OK
+
+
+@pytest.mark.crash
+def test_processes_whose_fleet_was_killed_finish_and_leave(stage: Stage) -> None:
+    send(stage.broker, b"slow", *numbered(5))
+    with stage.fleet("--threads", "1") as fleet:
+        stage.wait(1)
+        (child,) = members(fleet)
+        fleet.kill()
+        wait_until(lambda: held(stage.broker) == 1, "the rest given back")
+        stage.let_go()
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running()
+    assert done_with(stage.broker) == 1
+
+
+@pytest.mark.parametrize(
+    ("listener", "why"),
+    [
+        ("app", "expected MODULE:LISTENER"),
+        ("nowhere:handle", "No module named 'nowhere'; --app-dir says where its module is"),
+        ("app:missing", "has no attribute 'missing'"),
+        ("app:nothing", "is None, and not callable"),
+    ],
+)
+def test_a_listener_that_is_none_ends_the_fleet_at_once_and_says_why(stage: Stage, listener: str, why: str) -> None:
+    with stage.fleet("--processes", "2", listener=listener) as fleet:
+        assert fleet.wait(TIMEOUT) == ExitCode.USAGE
+    assert why in stage.log
+    assert "started again" not in stage.log
+
+
+def test_a_group_that_subscribes_differently_ends_the_fleet_at_once(stage: Stage) -> None:
+    with stage.broker.simple_consumer("audit", {"orders": "paid"}), stage.fleet() as fleet:
+        assert fleet.wait(TIMEOUT) == ExitCode.REFUSED
+    assert "SubscriptionConflict" in stage.log
+
+
+def test_one_that_keeps_dying_is_started_less_and_less_often(stage: Stage) -> None:
+    (stage.place / "app.py").write_text("import os\nos._exit(9)\n")
+    with stage.fleet() as fleet:
+        wait_until(lambda: stage.log.count("started again") >= 4, "four deaths")
+        times = [float(t) for t in re.findall(r":(\d\d,\d{3}) .* consumer 1 started", stage.log.replace(",", "."))]
+        assert times == [] or len(times) < 20
+        fleet.terminate()
+        assert fleet.wait(TIMEOUT) == ExitCode.OK
+
+
+def test_a_directory_without_a_broker_is_not_made(tmp_path: Path) -> None:
+    done = shmbroker(tmp_path / "none", "consume", "app:handle", "-g", "g", "-t", "t")
+    assert done.returncode == ExitCode.NOT_SERVED
+    assert not (tmp_path / "none").exists()
+    assert os.listdir(tmp_path) == []
