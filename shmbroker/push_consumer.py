@@ -302,7 +302,7 @@ class PushConsumer(PushCore):
             self.error = error
             logger.error("group %s: the consumer has ended: %s: %s", self.group, type(error).__name__, error)
             self._call_off()
-    
+
     # ---- the renewing thread
 
     def _keep_renewing(self) -> None:

@@ -1,4 +1,4 @@
-"""``shmbroker consume``: a function of yours as the consumer of a group, in as many processes and threads as it needs."""
+"""``shmbroker consume``: a function of yours as the consumer of a group, in many processes and threads."""
 
 from __future__ import annotations
 

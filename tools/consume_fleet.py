@@ -75,7 +75,7 @@ class Fleet:
             if member.process is not None and (code := member.process.poll()) is not None:
                 self._bury(member)
                 if code in HOPELESS:
-                    log.error("consumer %d has ended: %s", member.number, ExitCode(code).meaning)
+                    log.error("consumer %d has ended with code %d: no second try would help", member.number, code)
                     return code
                 log.warning("consumer %d %s: started again", member.number, _ending(code))
             if member.process is None and member.due <= time.monotonic():
