@@ -256,8 +256,10 @@ def memory(bench: Bench) -> Results:
 
 
 def private_bytes(region: Region) -> dict[str, int]:
-    """Anonymous memory of this process and of each worker, by role. The ring is mapped by all of them, and mapped pages of
-    files (the key index) are the kernel's to take back."""
+    """Anonymous memory of this process and of each worker, by role.
+
+    The ring is mapped by all of them, and mapped pages of files (the key index) are the kernel's to take back.
+    """
     pids = {"client": os.getpid()} | inside.worker_pids(region)
     return {role: _anonymous_bytes(pid) for role, pid in pids.items()}
 
