@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from support.command import COMMAND, TIMEOUT
+from support.command import COMMAND, TIMEOUT, environment
 from support.served import served
 
 from shmbroker import errors
@@ -57,6 +57,26 @@ def test_an_output_that_cannot_be_written_is_called_so(tmp_path: Path, arguments
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert done.returncode == ExitCode.OPERATOR
     assert done.stderr == "shmbroker: standard output cannot be written to: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_mistyped_variable_before_it_does_anything(tmp_path: Path, name: str) -> None:
+    """`SHMBROKER_DIRECTRY=... shmbroker status` would look at another directory than was meant."""
+    done = subprocess.run(
+        [*COMMAND, name, "--help"],
+        cwd=tmp_path,
+        env=environment() | {"SHMBROKER_DIRECTRY": "data/orders"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert (done.stdout, done.stderr) == (
+        "",
+        "shmbroker: SHMBROKER_DIRECTRY: unknown variable; did you mean SHMBROKER_DIRECTORY?\n",
+    )
+    assert done.returncode == (Exit.CONFIG if name in ("serve", "worker") else ExitCode.USAGE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_exit_codes_are_those_of_the_documents() -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
-from shmbroker.errors import ShmBrokerError
+from shmbroker.errors import ConfigError, ShmBrokerError
 from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
-from shmbroker.tools.session import Failure, common_options
+from shmbroker.tools.session import ENVIRONMENT_KEY, Failure, common_options
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -68,13 +68,27 @@ class _Commands(click.Group):
 )
 @common_options
 @click.version_option(package_name="shmbroker")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """A durable message broker for the processes of one host.
 
     Producers and consumers share a ring in memory; a flusher keeps it on disk. All commands work on one DIRECTORY.
     `serve`, `send` and `topic create` make it; the others want one that is there. Commands that need the workers start
     them if nobody has.
     """
+    _check_environment(of_worker=context.invoked_subcommand in ("serve", "worker"))
+
+
+def _check_environment(*, of_worker: bool) -> None:
+    """Refuse a variable of ours that nobody knows, before a command works on another directory than was meant."""
+    if not any(name.startswith("SHMBROKER_") and name != ENVIRONMENT_KEY for name in os.environ):
+        return  # the common case: reading the settings costs 8 ms
+    from shmbroker.config import read_environment
+
+    try:
+        read_environment()
+    except ConfigError as error:
+        raise Failure(str(error), os.EX_CONFIG if of_worker else ExitCode.USAGE) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
