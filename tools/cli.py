@@ -94,6 +94,7 @@ def _check_environment(*, of_worker: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run a command, say in one line what went wrong, leave with a named exit code."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    _open_closed_streams()
     sys.stdout = _guarded(sys.stdout)
     sys.exit(_run(arguments))
 
@@ -133,6 +134,21 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _raise_terminated(_signum: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the clean-up short
     raise Terminated
+
+
+def _open_closed_streams() -> None:
+    """What was closed by our caller (``>&-``) is /dev/null: else the next file that is opened would get its number.
+
+    Standard output so that it cannot be written to: an answer must not be lost unnoticed.
+    """
+    for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, flags), True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 class _Stdout(io.FileIO):

@@ -117,10 +117,8 @@ def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags:
     subscription = dict(zip(topics, expressions, strict=True))
     with session.open() as broker:
         broker.set_subscription(name, subscription)
-    if session.json:
-        console.print_json({"group": name, "subscription": subscription})
-    else:
-        click.echo(f"{name} subscribes to {', '.join(f'{topic}: {tags}' for topic, tags in subscription.items())} now")
+    wanted = ", ".join(f"{topic}: {tags}" for topic, tags in subscription.items())
+    console.print_done(session, f"{name} subscribes to {wanted} now", {"group": name, "subscription": subscription})
 
 
 @group.command()
@@ -140,10 +138,7 @@ def delete(session: Session, name: str, yes: bool) -> None:
         (found,) = _chosen(brief(broker.region), name)
         console.confirm(f"Delete group {name}, which has {found['lag_messages']:,} messages to come?", yes)
         broker.delete_group(name)
-    if session.json:
-        console.print_json({"group": name, "result": "deleted"})
-    else:
-        click.echo(f"deleted {name}")
+    console.print_done(session, f"deleted {name}", {"group": name, "result": "deleted"})
 
 
 def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
