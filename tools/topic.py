@@ -64,7 +64,7 @@ def list_topics(session: Session) -> None:
         return
     console.table(
         "",
-        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes since broker start"],
+        ["topic", ">queues", "permission", ">messages kept", ">messages ever"],
         [
             (
                 entry["name"],
@@ -72,7 +72,6 @@ def list_topics(session: Session) -> None:
                 entry["permission"],
                 f"{entry['kept']:,}",
                 f"{entry['sent']:,}",
-                console.size(entry["bytes_since_start"]),
             )
             for entry in sorted(topics, key=lambda entry: str(entry["name"]))
         ],
