@@ -46,10 +46,17 @@ class Attachment:
         self.descriptor = descriptor
         self.client = client
         self.pid = os.getpid()
-        self.embedded = bool(region.get("embedded"))
+        self._embedded = bool(region.get("embedded"))
         self.supervisor = supervisor  # closed by keep_supervised
         self.superseded = False
         self.left = os.eventfd(0, os.EFD_CLOEXEC)  # readable once this process has left; closed by keep_supervised
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the broker lives by its clients. No longer, once a ``serve`` has taken it over."""
+        if not self.region.closed:
+            self._embedded = bool(self.region.get("embedded"))
+        return self._embedded
 
     def is_gone(self) -> bool:
         """True in a forked child, and when the broker has stopped or works on other memory by now."""
