@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,8 @@ def test_a_body_of_the_documented_limit_can_be_sent_and_one_byte_more_cannot(
         assert limit == broker.region.ring_bytes // 4 - 80
         for number in range(5):
             producer.send(Message("orders", bytes([number]) * limit))
-        with pytest.raises(MessageTooLarge):
+        bounds = f"max_message_bytes is {limit}. That can be at most a quarter of ring_bytes ({broker.region.ring_bytes})"
+        with pytest.raises(MessageTooLarge, match=re.escape(bounds)):
             producer.send(Message("orders", bytes(limit + 1)))
         with broker.simple_consumer("audit", ALL) as consumer:
             assert sorted(drain(consumer, 5)) == [bytes([number]) * limit for number in range(5)]

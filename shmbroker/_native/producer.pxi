@@ -150,7 +150,9 @@ cdef class ProducerCore:
             raise _errors.MessageIllegal("the body is empty")
         if item.body_bytes > r.limits.max_message_bytes:
             raise _errors.MessageTooLarge(
-                f"the body has {len(message.body)} bytes, max_message_bytes is {r.limits.max_message_bytes}")
+                f"the body has {len(message.body)} bytes, max_message_bytes is {r.limits.max_message_bytes}. That can be at "
+                f"most a quarter of ring_bytes ({r.ring_bytes}) and of segment_bytes ({r.segment_bytes}), header included: "
+                "raise these with it, or split the message")
         if message.tags is not None and len(message.tags):
             item.tags = <const uint8_t *>PyUnicode_AsUTF8AndSize(message.tags, &length)
             item.tags_bytes = <uint32_t>length
