@@ -49,6 +49,8 @@ def open(  # noqa: A001 - as in gzip.open
     failpoint.arm_from_environment("client")
     if not os.fspath(directory):
         raise ConfigError("directory = '': name one; an empty path would make a broker in the current directory")
+    if not _is_seconds(timeout):
+        raise BadRequest(f"timeout = {timeout!r}: must be seconds, 0 or more")
     paths = BrokerPaths(Path(directory).absolute())
     try:
         wanted = load(paths.directory, config, settings)
@@ -343,6 +345,10 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0
 
 
 def _check_queues(queues: int) -> int:

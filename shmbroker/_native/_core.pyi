@@ -124,7 +124,11 @@ def failpoint_arm(name: str, action: str, at: int) -> None:
 # ---- messages ----------------------------------------------------------------------------------------------------
 
 class Message:
-    """A message to send. ``body`` is bytes; tags is one tag; keys is one string of keys separated by blanks, or an iterable."""
+    """A message to send. ``body`` is bytes; tags is one tag; keys is one string of keys separated by blanks, or an iterable.
+
+    What can never be sent is refused here, with BadRequest: an illegal topic name, too, since a look at each of its bytes
+    costs next to nothing. What depends on the broker is refused by the send.
+    """
     topic: str
     body: bytes
     tags: str
