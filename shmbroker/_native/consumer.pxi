@@ -81,8 +81,10 @@ cdef class ConsumerCore(_Member):
             give_back(out)
             raise
         deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), invisible_ms)
-        for message in out:  # whose claim is over by now, since this process was stopped meanwhile, is another's
-            if self.decide(&client.region.r, message, True, deadline_ms) == SB_OK:
+        # Left out is what is not this consumer's any more: its claim is over, since this process was stopped meanwhile, or
+        # an append decides about it. That one is not waited for: the time of all the others has begun.
+        for message in out:
+            if self.change(&client.region.r, message, True, deadline_ms) == SB_OK:
                 kept.append(message)
         return kept
 
@@ -195,28 +197,32 @@ cdef class ConsumerCore(_Member):
 
     # -- ack
 
-    cdef int decide(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
-        """Ack or renew by receipt. SB_OK or SB_GONE."""
+    cdef inline int change(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
+        """Ack or renew by receipt. SB_OK, SB_GONE, or SB_AGAIN: an append that decides about this claim is in the middle."""
         cdef const sb_record *h = message.header()
         cdef _Source source = message.source
         cdef sb_claim renewed
-        cdef int code = SB_AGAIN, tries = 0
+        cdef int code
         if source.client is not self.client or not source.is_current(r):
             return SB_GONE
+        if not renew:
+            return sb_claim_ack(r, source.table, h.queue_offset, message.receipt, self.client.slot)
         renewed.word = 0
-        while code == SB_AGAIN:
-            if renew:
-                code = sb_claim_renew(r, source.table, h.queue_offset, message.receipt, self.client.slot, deadline_ms, &renewed)
-            else:
-                code = sb_claim_ack(r, source.table, h.queue_offset, message.receipt, self.client.slot)
-            if code == SB_AGAIN:  # an append that decides about this claim was stopped in the middle
-                tries += 1
-                if tries > 1000:
-                    raise _errors.BrokerBusy(f"{message!r} is being moved by a process that does not go on. Nothing was changed")
-                with nogil:
-                    usleep(1000)
-        if code == SB_OK and renew:
+        code = sb_claim_renew(r, source.table, h.queue_offset, message.receipt, self.client.slot, deadline_ms, &renewed)
+        if code == SB_OK:
             message.receipt = renewed.word
+        return code
+
+    cdef int decide(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
+        """The same, to its end. SB_OK or SB_GONE."""
+        cdef int code = self.change(r, message, renew, deadline_ms), tries = 0
+        while code == SB_AGAIN:  # whoever is in the middle was stopped there
+            tries += 1
+            if tries > 1000:
+                raise _errors.BrokerBusy(f"{message!r} is being moved by a process that does not go on. Nothing was changed")
+            with nogil:
+                usleep(1000)
+            code = self.change(r, message, renew, deadline_ms)
         return code
 
     cdef int still_recorded(self, sb_region *r, str doing) except -1:
