@@ -115,7 +115,7 @@ def test_a_program_that_embeds_python_is_told_how_to_name_one(directory: Path, e
         ("/nowhere/python3", "ConfigError: SHMBROKER_PYTHON = '/nowhere/python3': no such program"),
         (
             "/bin/false",
-            "NotReady: the supervisor failed: the supervisor died (run by /bin/false; SHMBROKER_PYTHON names another)",
+            "NotReady: the supervisor failed: exit code 1 (run by /bin/false; SHMBROKER_PYTHON names another)",
         ),
     ],
 )
