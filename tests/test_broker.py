@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 from support.consuming import ALL, CONSUMER, drain, numbered, send
-from support.processes import Child, kill_all, processes_of
+from support.processes import Child, kill_all, wait_gone
 from support.running import QUICK, lose_memory, running
 from support.waiting import wait_until
 
@@ -51,7 +51,7 @@ DELETE: Final = """
 def stop(directory: Path, child: Child) -> None:
     child.write_line()
     child.wait()
-    wait_until(lambda: not processes_of(directory), "the embedded broker stopped")
+    wait_gone(directory)
 
 
 def kill(directory: Path, _child: Child) -> None:

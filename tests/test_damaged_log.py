@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 from support.consuming import ALL
-from support.processes import Child, processes_of
+from support.processes import Child, wait_gone
 from support.running import log_records, running, starts_of, wait_restarted, wait_word, worker_pid
 from support.system_calls import failing
 from support.waiting import wait_until
@@ -75,7 +75,7 @@ def deliverable(broker: Broker, group: str) -> tuple[set[int], set[int]]:
 
 
 def stopped_cleanly(directory: Path) -> bool:
-    wait_until(lambda: not processes_of(directory), "the broker stopped")
+    wait_gone(directory)
     checkpoint = CheckpointFile(BrokerPaths(directory).checkpoint).read()
     return checkpoint is not None and checkpoint.clean and read_descriptor(BrokerPaths(directory)) is None
 
@@ -221,7 +221,7 @@ def test_a_damaged_file_of_the_consume_queues_is_waited_with_and_the_log_is_stop
         producer.send(Message("orders", b"2"), queue_id=0)
         assert deliverable(broker, "audit") == ({1, 2}, set())
         assert starts_of(broker, "dispatcher") == 2
-    wait_until(lambda: not processes_of(directory), "the broker stopped")
+    wait_gone(directory)
     assert memory.attach(BrokerPaths(directory)) is None
     with pytest.raises(shmbroker.CorruptLog, match=r"queues/.*log rebuild"):
         shmbroker.open(directory)

@@ -20,10 +20,10 @@ from support.processes import (
     SMALL,
     Child,
     kill_all,
-    processes_of,
     stop_broker,
     supervisor_of,
     wait_for_workers,
+    wait_gone,
     workers_of,
 )
 from support.waiting import wait_until
@@ -73,7 +73,7 @@ def test_the_last_client_leaves_and_the_broker_stops_cleanly(directory: Path) ->
     with open_small(directory) as broker:
         position = send(broker, b"42")
         assert BrokerPaths(directory).descriptor.exists()
-    wait_until(lambda: not processes_of(directory), "the workers gone")
+    wait_gone(directory)
     assert not BrokerPaths(directory).descriptor.exists()
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"42"
@@ -368,7 +368,7 @@ def test_the_workers_leave_when_the_embedding_process_is_killed(directory: Path)
         child.write_line("left behind")
         position = int(child.read_line().split()[1])
         child.kill()
-    wait_until(lambda: not processes_of(directory), "the workers gone")
+    wait_gone(directory)
     assert not BrokerPaths(directory).descriptor.exists(), "it was a clean stop"
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"left behind"
@@ -381,7 +381,7 @@ def test_workers_leave_when_everything_else_is_killed(directory: Path) -> None:
         os.kill(child.pid, signal.SIGSTOP)
         os.kill(workers["supervisor"], signal.SIGKILL)
         child.kill()
-    wait_until(lambda: not processes_of(directory), "the orphans gone")
+    wait_gone(directory)
     with open_small(directory) as broker:
         assert body_at(broker, send(broker, b"taken over")) == b"taken over"
 
@@ -438,7 +438,7 @@ def test_a_setting_that_the_running_broker_does_not_have_is_refused(broker: Brok
 def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
     with pytest.raises(shmbroker.NotEnoughMemory, match=r"needs \d{5}\.\d MiB of /dev/shm, .* --shm-size="):
         shmbroker.open(directory, ring_bytes="2 GiB", claim_window=65_536, claim_tables=65_535)
-    wait_until(lambda: not processes_of(directory), "the supervisor gone")
+    wait_gone(directory)
 
 
 @pytest.mark.crash
@@ -488,7 +488,7 @@ def test_a_supervisor_killed_while_it_stops_loses_nothing(
         wait_for_workers(directory)
         position = send(broker, b"kept")
     monkeypatch.delenv("SHMBROKER_FAILPOINTS")
-    wait_until(lambda: not processes_of(directory), "supervisor and workers gone")
+    wait_gone(directory)
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"kept"
 

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from support.command import COMMAND, environment, shmbroker
-from support.processes import processes_of
-from support.waiting import wait_until
+from support.processes import wait_gone
 
 from shmbroker._native._core import Region
 from shmbroker.config import MIB, load
@@ -39,7 +38,7 @@ def test_the_example_for_other_processes_runs_as_written(tmp_path: Path) -> None
     directory = tmp_path / "data" / "spawned"
     received = shmbroker(directory, "receive", "--group", "audit", "--topic", "results").stdout.split()
     assert sorted(map(int, received)) == list(range(10))
-    wait_until(lambda: not processes_of(directory), "the embedded broker has gone")
+    wait_gone(directory)
 
 
 def test_what_the_readme_says_about_the_cost_is_true() -> None:
@@ -82,4 +81,4 @@ def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Pa
     assert re.search(r"^ *orders +4 +rw +1 +1$", done.stdout, flags=re.MULTILINE), "the broker of the example"
     assert (tmp_path / "COPY" / "backup.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["COPY", "bin", "data"]
-    wait_until(lambda: not processes_of(tmp_path / "data" / "orders"), "the embedded broker has gone")
+    wait_gone(tmp_path / "data" / "orders")
