@@ -111,11 +111,14 @@ cdef class _QueueReader:
         """Filter, claim, copy the message that index or consume queue place at ``position``. Answers as ``claim``."""
         cdef sb_record header
         cdef int code = sb_ring_peek(r, position, &header)
+        cdef bint from_files = code != SB_OK
         cdef uint32_t size
-        if code != SB_OK:
+        if from_files:
             code = self.peek_window(r, position, &header)
         if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
-            return self.skip(r, source, offset)
+            # Nobody looks at it again: so it must be this message, and whole. Else it is fetched, which says what is wrong.
+            if source.is_message(&header, offset) and (not from_files or self.window_record(r, position, header.size) != NULL):
+                return self.skip(r, source, offset)
         size = header.size if code == SB_OK else 0
         code = self.claim(r, source, offset, look)
         if code == SB_OK:
@@ -127,12 +130,16 @@ cdef class _QueueReader:
         """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible
         time is over; its neighbours are delivered. SB_OK or SB_GONE."""
         cdef bytes record = None
+        cdef const uint8_t *data
         cdef int code = SB_END
         if size:
             record = PyBytes_FromStringAndSize(NULL, size)
             code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(record), size, &size)
             if code != SB_OK:
-                code = self.copy_window(r, position, record)
+                data = self.window_record(r, position, <uint32_t>len(record))
+                if data != NULL:
+                    memcpy(PyBytes_AS_STRING(record), data, len(record))
+                    code = SB_OK
         if code != SB_OK:
             try:
                 record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
@@ -140,7 +147,7 @@ cdef class _QueueReader:
                 self.corrupt = error
                 note_damage(r, position)
                 return SB_OK
-        if record is not None and source.has_message(record, claim.offset):
+        if record is not None and source.is_message(<const sb_record *>PyBytes_AS_STRING(record), claim.offset):
             self.accept(r, source, record, claim, out)
         elif source.is_deleted(r):
             return SB_GONE
@@ -154,7 +161,7 @@ cdef class _QueueReader:
 
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
-    cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room):
+    cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room) noexcept:
         """The window's bytes at ``position``, if it holds at least ``least`` of them; else NULL."""
         cdef uint64_t at = position - self.window_start
         if self.window is None or position < self.window_start or at + least > <uint64_t>len(self.window):
@@ -179,14 +186,13 @@ cdef class _QueueReader:
             memcpy(header, data, sizeof(sb_record))
         return code
 
-    cdef int copy_window(self, sb_region *r, uint64_t position, bytes record):
-        """Checked copy of a record that ``peek_window`` has seen."""
+    cdef const uint8_t *window_record(self, sb_region *r, uint64_t position, uint32_t size) noexcept:
+        """A record that ``peek_window`` has seen, checked; NULL: it does not hold, or is not in the window any more."""
         cdef uint64_t room = 0
-        cdef const uint8_t *data = self.in_window(position, sb_padded(len(record)), &room)
+        cdef const uint8_t *data = self.in_window(position, sb_padded(size), &room)
         if data == NULL or sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 1) != SB_OK:
-            return SB_INVALID
-        memcpy(PyBytes_AS_STRING(record), data, len(record))
-        return SB_OK
+            return NULL
+        return data
 
     # -- one queue
 
