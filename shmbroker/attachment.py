@@ -143,8 +143,8 @@ def _why_not_ready(paths: BrokerPaths, holder: int, timeout: float, killed: int 
     place = paths.directory
     if killed and holder <= 0:
         return (
-            f"{killed} supervisors were killed while they started, for {place} within {timeout:.3g} s: the kernel's log "
-            f"says if for want of memory, {paths.worker_log('supervisor')} how far they came"
+            f"{killed} supervisors were killed while they started, for {place} within {timeout:.3g} s: the kernel's "
+            f"log says if for want of memory, {paths.worker_log('supervisor')} how far they came"
         )
     if holder > 0:
         return (
