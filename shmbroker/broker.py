@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shmbroker.producer import Producer
     from shmbroker.store.commit_log import LogReader
     from shmbroker.store.consume_queue import ConsumeQueues, Entry
+    from shmbroker.store.queue_hole import Hole
 
 WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consumer that lags
 QUEUES_MAX: Final = 1024
@@ -234,6 +235,16 @@ class Broker:
             limit = min(region.get("flushed"), region.get("dispatched"))
             _, queues = self._open_files()
             return queues.read(topic_id, queue_id, offset, count, limit)
+
+    def hole_at(self, topic_id: int, queue_id: int, offset: int) -> Hole | None:
+        """What the log knows of an offset without an entry. None: no message is behind it yet. Raises CorruptLog."""
+        from shmbroker.store.queue_hole import examine
+
+        with self._lock:
+            region = self.region
+            start, end = region.get("kept"), min(region.get("flushed"), region.get("dispatched"))
+            log, queues = self._open_files()
+            return examine(log, region.segment_bytes, queues, (topic_id, queue_id), offset, start, end)
 
     def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
         """Packed consume queue entries (``<QII``: position, size, tag hash) as the file has them, holes as zeros."""

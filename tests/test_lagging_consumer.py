@@ -6,12 +6,14 @@ log             o   O   o   O ...   o: a message of ``orders``, tagged ``paid``;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import pytest
-from support.consuming import deliverable
+from support.command import shmbroker
+from support.consuming import deliverable, drain
 from support.running import log_records, running, wait_word
 
 from shmbroker import Message
@@ -101,3 +103,51 @@ def test_a_lagging_consumer_passes_sound_messages_of_other_tags(stored: Path) ->
     with running(stored) as broker:
         assert deliverable(broker, "audit", "refunded") == (set(), [])
         assert [table["base"] for table in broker.region.progress()] == [COUNT]
+
+
+@pytest.mark.parametrize("tags", ["paid", "*"])
+def test_entries_that_the_disk_has_lost_are_no_hole_and_come_back_with_a_rebuild(stored: Path, tags: str) -> None:
+    overwrite_entries(stored, VICTIM, bytes(10 * ENTRY_BYTES))
+    with running(stored) as broker:
+        numbers, damages = deliverable(broker, "audit", tags)
+        assert numbers == set(range(VICTIM))
+        assert len(set(map(str, damages))) == 1
+        assert re.search(r"queues/1/0/0+: offset 5: .*`shmbroker log rebuild --replace`", str(damages[0]))
+        assert [table["base"] for table in broker.region.progress()] == [VICTIM]
+    assert shmbroker(stored, "log", "rebuild", "--replace").returncode == 0
+    with running(stored) as broker:
+        assert deliverable(broker, "audit", tags) == (set(range(VICTIM, COUNT)), [])
+
+
+def make_hole(directory: Path) -> None:
+    """Behind the last message, as a recovery does that found progress beyond a cut (R4); then as many messages."""
+    with running(directory) as broker, broker.producer("test") as producer:
+        broker.region.restore_queue(1, 0, COUNT + 10, 0)
+        producer.send(Message("others", b"between"))
+        for number in range(COUNT, 2 * COUNT):
+            producer.send(Message("orders", b"%d " % number, tags="paid"))
+        wait_word(broker, "dispatched", broker.region.get("tail"))
+
+
+def test_offsets_that_no_message_ever_had_are_passed_over(stored: Path) -> None:
+    make_hole(stored)
+    assert messages_of(stored, 1)[COUNT].queue_offset == COUNT + 10
+    with running(stored, claim_window=256) as broker:
+        assert deliverable(broker, "audit") == (set(range(2 * COUNT)), [])
+        assert [table["base"] for table in broker.region.progress()] == [2 * COUNT + 10]
+
+
+def test_a_hole_of_which_a_damaged_log_cannot_tell_is_counted_as_lost(
+    stored: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_hole(stored)
+    bodies = [message.body for message in messages_of(stored, 1)]
+    overwrite_log(stored, messages_of(stored, 2)[COUNT].position, bytes(RECORD_HEADER))
+    with (
+        running(stored, claim_window=256) as broker,
+        broker.simple_consumer("audit", {"orders": "*"}) as consumer,
+    ):
+        assert drain(consumer, 2 * COUNT) == bodies
+        assert consumer.lost == 10
+        assert f"10 messages of orders[0], from offset {COUNT} on" in caplog.text
+        assert [table["base"] for table in broker.region.progress()] == [2 * COUNT + 10]

@@ -48,8 +48,9 @@ cdef class _QueueReader:
         """Packed consume queue entries from ``offset`` on, at most ``count``; b"" if there are none yet."""
         raise NotImplementedError
 
-    def _next_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
-        """The first offset at or after ``offset`` that a message has, from the files; None if there is none yet."""
+    def _hole_at(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
+        """The first offset behind a hole, and whether the log knows that no message is missing; None if there is none yet.
+        Raises CorruptLog if it is no hole: the log has messages for it."""
         raise NotImplementedError
 
     def _read_window(self, uint64_t position):
@@ -253,7 +254,7 @@ cdef class _QueueReader:
         cdef uint64_t limit = min(sb_load(&sb_marks(r).dispatched), look.limit), position = 0
         cdef int code = SB_OK
         if offset[0] < first:
-            return self.pass_deleted(r, source, offset, first)
+            return self.pass_to(r, source, offset, first, True)  # retention has taken them
         while want > 0 and len(out) < room:
             code = self.entry_at(source, offset[0], limit, &position)
             if code == SB_NOT_FOUND:
@@ -289,31 +290,26 @@ cdef class _QueueReader:
 
     cdef int pass_hole(self, sb_region *r, _Source source, uint64_t *offset) except -100:
         """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE | SB_GONE."""
-        cdef int code
-        found = self._next_offset(source.topic_id, source.queue_id, offset[0])
-        if found is None or <uint64_t>found == offset[0]:
+        hole = self._hole_at(source.topic_id, source.queue_id, offset[0])
+        if hole is None or <uint64_t>hole[0] == offset[0]:
             source.entries = None  # it came while we looked, or is still to come
-            self.stalled = found is None
-            return SB_END if found is None else SB_OK
-        while offset[0] < <uint64_t>found:
-            code = self.skip(r, source, offset[0])
-            if stops(code):
-                return code
-            offset[0] += 1
-        return SB_OK
+            self.stalled = hole is None
+            return SB_END if hole is None else SB_OK
+        return self.pass_to(r, source, offset, hole[0], not hole[1])
 
-    cdef int pass_deleted(self, sb_region *r, _Source source, uint64_t *offset, uint64_t first) except -100:
-        """The log no longer has messages that the group is not known to have had: counted and said."""
-        cdef uint64_t start = offset[0], lost = 0
+    cdef int pass_to(self, sb_region *r, _Source source, uint64_t *offset, uint64_t end, bint lost) except -100:
+        """Nobody gets the offsets before ``end``. What of them is ``lost``, since the group is not known to have had it, is
+        counted and said."""
+        cdef uint64_t start = offset[0], skipped = 0
         cdef int code = SB_OK
-        while offset[0] < first and not stops(code):
+        while offset[0] < end and not stops(code):
             code = self.skip(r, source, offset[0])
             if not stops(code):
-                lost += code == SB_OK
+                skipped += code == SB_OK
                 offset[0] += 1
-        if lost and not source.is_deleted(r):
-            self.lost += lost
-            self._report_lost(source.topic, source.queue_id, start, lost)
+        if lost and skipped and not source.is_deleted(r):
+            self.lost += skipped
+            self._report_lost(source.topic, source.queue_id, start, skipped)
             sb_claim_base(r, source.table)
         return code if stops(code) else SB_OK
 
