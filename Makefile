@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard shmbroker/_native/*.c shmbroker/_native/*.h shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
 PYTEST_ARGS ?=
 
-.PHONY: help demo venv test lint format native-test bench clean
+.PHONY: help demo venv test lint format native-test native-arm bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test         all Python tests               PYTEST_ARGS='-k ring' runs some of them"
 	@echo "make lint         ruff, mypy, cython-lint, import contracts, C warnings"
 	@echo "make native-test  the C tests under address, undefined-behaviour and thread sanitizers"
+	@echo "make native-arm   compile the native core for 64-bit ARM"
 	@echo "make bench        the benchmark, each figure beside this machine's own floor"
 	@echo "make clean        remove what these commands made"
 
@@ -32,6 +33,14 @@ bench: $(VENV)/.installed
 native-test:
 	@PYTHON="$(PYTHON)" sh tools/preflight.sh
 	$(MAKE) --no-print-directory --silent -C tests/native
+
+# Compiles the native core for 64-bit ARM, with clang and glibc 2.31 from a wheel; runs nothing.
+native-arm: $(VENV)/.installed
+	$(BIN)/pip install --quiet ziglang
+	for source in $$(ls shmbroker/_native/*.c | grep -v _core.c); do \
+		$(BIN)/python -m ziglang cc -target aarch64-linux-gnu.2.31 -std=gnu11 -O2 -Wall -Wextra -Wconversion -Werror \
+			-c "$$source" -o /dev/null || exit 1; \
+	done
 
 # mypy and import-linter look at the tree as it is installed: workers/ and tools/ inside the package.
 lint: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools

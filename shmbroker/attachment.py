@@ -2,7 +2,7 @@
 
     RUNNING                      attach
     STARTING, DRAINING           wait: for the one to be ready, for the other to be gone
-    nobody holds the lock        start a supervisor (detached) and wait for its report
+    nobody holds the lock        start a supervisor (detached) and wait for its report; killed before it: another
 
 The supervisor's lock, not a file or a word, says whether one lives; who loses the race for it attaches to the winner.
 """
@@ -33,6 +33,7 @@ from shmbroker.naming import BrokerPaths
 OPEN_TIMEOUT: Final = 60.0  # seconds: a predecessor may have to flush and stop, a long log to be scanned
 _POLL_SECONDS: Final = 0.002
 _RETRY_SECONDS: Final = 2.0  # between two tries to start a supervisor that cannot be started for now
+_KILLED_PAUSE_SECONDS: Final = 0.05  # behind the first that was killed while it started; twice that behind the second
 _STAGGER_SECONDS: Final = 0.2  # about what a supervisor needs to take the lock
 
 log = logging.getLogger("shmbroker")
@@ -46,10 +47,17 @@ class Attachment:
         self.descriptor = descriptor
         self.client = client
         self.pid = os.getpid()
-        self.embedded = bool(region.get("embedded"))
+        self._embedded = bool(region.get("embedded"))
         self.supervisor = supervisor  # closed by keep_supervised
         self.superseded = False
         self.left = os.eventfd(0, os.EFD_CLOEXEC)  # readable once this process has left; closed by keep_supervised
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the broker lives by its clients. No longer, once a ``serve`` has taken it over."""
+        if not self.region.closed:
+            self._embedded = bool(self.region.get("embedded"))
+        return self._embedded
 
     def is_gone(self) -> bool:
         """True in a forked child, and when the broker has stopped or works on other memory by now."""
@@ -85,6 +93,7 @@ class Attachment:
 def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bool = True) -> Attachment:
     """Attach to the broker of a directory; if nobody serves it, start it, or with ``may_start=False`` wait for one."""
     deadline = time.monotonic() + timeout
+    killed = 0  # supervisors of ours
     while True:
         attached = None
         try:
@@ -96,9 +105,12 @@ def connect(paths: BrokerPaths, wanted: Config, timeout: float, *, may_start: bo
             return attached
         holder = process.lock_holder(paths.lock)
         if time.monotonic() > deadline:
-            raise NotReady(_why_not_ready(paths, holder, timeout))
+            raise NotReady(_why_not_ready(paths, holder, timeout, killed))
         if holder == 0 and may_start:
-            start_supervisor(paths, wanted, deadline)
+            if not start_supervisor(paths, wanted, deadline, armed=not killed):
+                killed += 1
+                log.warning("the supervisor of %s was killed while it started: starting another", paths.directory)
+                time.sleep(max(0.0, min(killed * _KILLED_PAUSE_SECONDS, deadline - time.monotonic())))
         elif holder < 0:
             raise AttachRefused(
                 f"the broker of {paths.directory} runs in another pid namespace: start the containers with "
@@ -121,14 +133,19 @@ def await_service(paths: BrokerPaths, attached: Attachment, timeout: float, *, m
         if time.monotonic() > deadline:
             raise NotReady(_why_not_ready(paths, holder, timeout))
         if may_start and holder == 0:  # its supervisor was killed on the way
-            start_supervisor(paths, Config.of(attached.descriptor.settings), deadline)
+            start_supervisor(paths, Config.of(attached.descriptor.settings), deadline, armed=False)
         time.sleep(_POLL_SECONDS)
     return bool(state == memory.STATE_RUNNING)
 
 
-def _why_not_ready(paths: BrokerPaths, holder: int, timeout: float) -> str:
+def _why_not_ready(paths: BrokerPaths, holder: int, timeout: float, killed: int = 0) -> str:
     """What was waited for, and who can do something about it."""
     place = paths.directory
+    if killed and holder <= 0:
+        return (
+            f"{killed} supervisors were killed while they started, for {place} within {timeout:.3g} s: the kernel's "
+            f"log says if for want of memory, {paths.worker_log('supervisor')} how far they came"
+        )
     if holder > 0:
         return (
             f"process {holder} is starting or stopping the broker of {place}, not ready within {timeout:.3g} s: "
@@ -251,8 +268,9 @@ def _succeed(paths: BrokerPaths, settings: Config, rank: int) -> int:
             pidfd = process.open_pidfd(found[0].get("supervisor_pid"), found[0].get("supervisor_start_ticks"))
             if pidfd is not None:
                 return pidfd
-        if may_start and process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at:
-            start_supervisor(paths, settings, deadline, armed=False)
+        our_turn = may_start and process.lock_holder(paths.lock) == 0 and time.monotonic() >= may_start_at
+        if our_turn and not start_supervisor(paths, settings, deadline, armed=False):
+            raise NotReady("the supervisor was killed while it started")
         time.sleep(_POLL_SECONDS)
     raise NotReady(_why_not_ready(paths, process.lock_holder(paths.lock), OPEN_TIMEOUT))
 
@@ -262,8 +280,11 @@ def is_owner(paths: BrokerPaths) -> bool:
     return paths.directory.stat().st_uid == os.geteuid()
 
 
-def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, armed: bool = True) -> None:
-    """Start a detached supervisor and wait for its report. One that finds the directory served is no error."""
+def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, armed: bool = True) -> bool:
+    """Start a detached supervisor and wait for its report. One that finds the directory served is no error.
+
+    False: it was killed before it could report, and left nothing that hinders another. Raises what it reports.
+    """
     environment = interpreter.environment()
     if not armed:
         environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
@@ -283,17 +304,27 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         assert child.stdin is not None
         with suppress(BrokenPipeError), child.stdin:  # if it died at once, its report says why
             child.stdin.write(json.dumps(config.chosen_settings()).encode())
-        outcome = _read_report(read_fd, deadline)
-        child.wait()  # it has forked the supervisor and left
+        text = _read_report(read_fd, deadline)
+        if text is None:
+            child.kill()  # stopped, or very slow, before it has forked the supervisor; else that goes on
+        code = child.wait()
     finally:
         os.close(read_fd)
         if write_fd >= 0:
             os.close(write_fd)
-    if "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
+    if text is None:
+        raise NotReady(f"the supervisor did not report in time; {paths.worker_log('supervisor')} says how far it is")
+    outcome = _parse_report(text)
+    if outcome is None and code > 0:
+        python = f"{interpreter.interpreter()}; {INTERPRETER_KEY} names another"
+        raise NotReady(f"the supervisor failed: {(text.splitlines() or [f'exit code {code}'])[-1]} (run by {python})")
+    if outcome is not None and "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
         _raise_reported(outcome, paths)
+    return outcome is not None
 
 
-def _read_report(fd: int, deadline: float) -> dict[str, Any]:
+def _read_report(fd: int, deadline: float) -> str | None:
+    """All that the supervisor says until it closes the pipe, or dies; None if it does neither in time."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     text = b""
@@ -301,19 +332,17 @@ def _read_report(fd: int, deadline: float) -> dict[str, Any]:
         if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             piece = os.read(fd, 65536)
             if not piece:
-                return _parse_report(text.decode(errors="replace"))
+                return text.decode(errors="replace")
             text += piece
-    return {"error": "NotReady", "message": "the supervisor did not report in time"}
+    return None
 
 
-def _parse_report(text: str) -> dict[str, Any]:
-    """The last line is the report; if the supervisor could not even begin, it is an interpreter's complaint."""
-    last = (text.splitlines() or ["the supervisor died"])[-1]
+def _parse_report(text: str) -> dict[str, Any] | None:
+    """The last line, if it is a report: else the supervisor was killed, or it could not even begin and says why."""
     try:
-        return dict(json.loads(last))
-    except ValueError:
-        python = f"{interpreter.interpreter()}; {INTERPRETER_KEY} names another"
-        return {"error": "NotReady", "message": f"the supervisor failed: {last} (run by {python})"}
+        return dict(json.loads(text.splitlines()[-1]))
+    except (ValueError, IndexError):
+        return None
 
 
 def _raise_reported(outcome: Mapping[str, Any], paths: BrokerPaths) -> None:

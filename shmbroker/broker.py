@@ -18,17 +18,14 @@ from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
 from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
+from shmbroker.log_files import LogFiles
 from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
 
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.producer import Producer
     from shmbroker.push_consumer import Listener, PushConsumer
-    from shmbroker.store.commit_log import LogReader
-    from shmbroker.store.consume_queue import ConsumeQueues, Entry
-    from shmbroker.store.serving_reader import ServingReader
 
-WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consumer that lags
 QUEUES_MAX: Final = 1024
 
 Child = TypeVar("Child")
@@ -51,6 +48,8 @@ def open(  # noqa: A001 - as in gzip.open
     failpoint.arm_from_environment("client")
     if not os.fspath(directory):
         raise ConfigError("directory = '': name one; an empty path would make a broker in the current directory")
+    if not _is_seconds(timeout):
+        raise BadRequest(f"timeout = {timeout!r}: must be seconds, 0 or more")
     paths = BrokerPaths(Path(directory).absolute())
     try:
         wanted = load(paths.directory, config, settings)
@@ -74,7 +73,7 @@ class Broker:
         self._closed = False
         self._children: weakref.WeakSet[Any] = weakref.WeakSet()
         self._listening: weakref.WeakSet[PushConsumer] = weakref.WeakSet()
-        self._files: tuple[LogReader, ConsumeQueues] | None = None  # opened by the first consumer that lags
+        self.files = LogFiles(paths, self._serving)
         self.config = Config.of(attached.descriptor.settings)
         self._watch()
         _handles.add(self)
@@ -243,44 +242,6 @@ class Broker:
         runtime = self.config.runtime
         return recall(self, handle, runtime.send_timeout_ms / 1000, runtime.sync_flush_timeout_ms / 1000)
 
-    def open_log(self) -> ServingReader:
-        """The log's files, for the caller alone, who closes them."""
-        from shmbroker.store.serving_reader import ServingReader
-
-        store = bytes.fromhex(self._attached.descriptor.store)
-        return ServingReader(self._paths.log, self.config.layout.segment_bytes, store)
-
-    @property
-    def timers(self) -> tuple[Path, bytes]:
-        """Where the timer index lies, and the identity of its log."""
-        return self._paths.timers, bytes.fromhex(self._attached.descriptor.store)
-
-    def read_log(self, position: int) -> bytes:
-        """The record at ``position`` from the log's files. Raises PositionGone, CorruptLog."""
-        with self._lock:
-            log, _ = self._open_files()
-            return log.read(position).raw
-
-    def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
-        """At most ``count`` consume queue entries at or after ``offset``, from the files. Raises CorruptLog."""
-        with self._lock:
-            region = self.region
-            limit = min(region.get("flushed"), region.get("dispatched"))
-            _, queues = self._open_files()
-            return queues.read(topic_id, queue_id, offset, count, limit)
-
-    def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
-        """Packed consume queue entries (``<QII``: position, size, tag hash) as the file has them, holes as zeros."""
-        with self._lock:
-            _, queues = self._open_files()
-            return queues.packed(topic_id, queue_id, offset, count)
-
-    def read_window(self, position: int) -> bytes:
-        """At most WINDOW_BYTES of the log's files from ``position`` on, in one segment; b"" if retention took it."""
-        with self._lock:
-            log, _ = self._open_files()
-            return bytes(log.window(position, self.region.get("flushed"), WINDOW_BYTES))
-
     def close(self) -> None:
         """Close all that was made here and leave the broker; an embedded one stops when its last client has left."""
         for consumer in list(self._listening):  # first, and without the lock: their listeners may use all the rest
@@ -292,7 +253,7 @@ class Broker:
                 child.close()
             self._closed = True
             self._attached.close()
-            self._close_files()
+            self.files.close()
 
     def __del__(self) -> None:
         """Nobody uses it any more, nor what was made here: as a file does, give back what close would, and say so.
@@ -302,7 +263,7 @@ class Broker:
         if getattr(self, "_closed", True) or self._attached.pid != os.getpid():
             return
         self._attached.close()
-        self._close_files()
+        self.files.close()
         text = f"unclosed broker of {self._paths.directory}: close it, or open it in a with statement"
         warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
@@ -325,7 +286,7 @@ class Broker:
     def _connect(self, timeout: float) -> None:
         self._attached = connect(self._paths, self.config, timeout, may_start=self._may_start(self._attached))
         self.config = Config.of(self._attached.descriptor.settings)
-        self._close_files()
+        self.files.close()
         self._watch()
 
     def _may_start(self, attached: Attachment) -> bool:
@@ -345,19 +306,9 @@ class Broker:
             raise TopicNotExist(f"topic {name!r} does not exist")
         return found
 
-    def _open_files(self) -> tuple[LogReader, ConsumeQueues]:
+    def _serving(self) -> tuple[Region, bytes]:
         self.attach()
-        if self._files is None:
-            from shmbroker.store.consume_queue import ConsumeQueues
-
-            store = bytes.fromhex(self._attached.descriptor.store)
-            self._files = self.open_log(), ConsumeQueues(self._paths.queues, store)
-        return self._files
-
-    def _close_files(self) -> None:
-        for opened in self._files or ():
-            opened.close()
-        self._files = None
+        return self._attached.region, bytes.fromhex(self._attached.descriptor.store)
 
     def _watch(self) -> None:
         target, arguments = keep_supervised, (self._paths, self._attached)
@@ -368,7 +319,7 @@ class Broker:
         self._lock = threading.RLock()
         self._children = weakref.WeakSet()
         self._listening = weakref.WeakSet()
-        self._files = None  # descriptors are the parent's as well: not closed here, and not shared
+        self.files = LogFiles(self._paths, self._serving)  # the parent's descriptors are neither closed nor shared
 
 
 _handles: weakref.WeakSet[Broker] = weakref.WeakSet()
@@ -380,6 +331,10 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0
 
 
 def _check_queues(queues: int) -> int:

@@ -49,7 +49,7 @@ class Completion:
     ) -> None:
         """Store a message within ``timeout`` seconds and register who is told, in ``wait_ns`` after that at the latest.
 
-        Raises BadRequest, and BrokerBusy if nobody can be told any more; any other failure is the callback's.
+        Raises BadRequest, TypeError, and BrokerBusy if nobody can be told any more; other failures are the callback's.
         """
         this_send = object()
         try:
@@ -61,7 +61,7 @@ class Completion:
             outcome: SendResult | Exception
             try:
                 outcome = store(timeout)
-            except BadRequest:
+            except (BadRequest, TypeError):  # the caller's mistake, told where it was made
                 raise
             except Exception as error:
                 outcome = error

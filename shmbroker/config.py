@@ -36,6 +36,7 @@ BLOCK_ENTRIES: Final = 128  # SB_BLOCK_ENTRIES
 RESERVE_SHARE: Final = 8  # that part of the ring is kept for the broker's own records (R16)
 _NUMBER: Final = re.compile(r"(\d+)\s*([A-Za-z]*)", re.ASCII)
 _SIZE_UNITS: Final = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_BOOLEANS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # in any case
 
 
 class Rule(NamedTuple):
@@ -58,6 +59,20 @@ def _key(default: Any, meaning: str, low: float = 0, high: float = 0, **rest: An
 def largest_body(room_bytes: int) -> int:
     """The largest body that a ring, or a segment, of this size takes: an append may fill a quarter of it."""
     return max(1, room_bytes // 4 - RECORD_HEADER_BYTES)
+
+
+def room_for(body_bytes: int) -> int:
+    """The smallest power of two that, as ring or segment, takes bodies of this size."""
+    return 1 << (4 * (body_bytes + RECORD_HEADER_BYTES) - 1).bit_length()
+
+
+def size_text(size_bytes: int) -> str:
+    """A size as it may be written in a setting: in the largest unit that says it exactly."""
+    unit, factor = next(
+        ((unit, factor) for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)) if size_bytes % factor == 0),
+        ("B", 1),
+    )
+    return f"{size_bytes // factor} {unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +109,17 @@ class LayoutConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        for name in ("ring_bytes", "segment_bytes"):
-            largest = largest_body(getattr(self, name))
-            if self.max_message_bytes > largest:
-                raise ConfigError(
-                    f"max_message_bytes = {self.max_message_bytes}: with {name} = {getattr(self, name)} at most "
-                    f"{largest}, so that four, with {RECORD_HEADER_BYTES} bytes of header each, fit"
-                )
+        rooms = {name: getattr(self, name) for name in ("ring_bytes", "segment_bytes")}
+        small = {name: room for name, room in rooms.items() if self.max_message_bytes > largest_body(room)}
+        if small:
+            limits = " and of ".join(f"{name} ({size_text(room)})" for name, room in small.items())
+            needed = room_for(self.max_message_bytes)
+            larger = " and ".join(f'{name} = "{size_text(needed)}"' for name in small)
+            raise ConfigError(
+                f"max_message_bytes = {self.max_message_bytes}: a message fills at most a quarter of {limits}, its "
+                f"header included: at most {largest_body(min(small.values()))} bytes of body"
+                + (f"; this size takes {larger}" if all(needed <= RULES[name].high for name in small) else "")
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +216,7 @@ _SPELLINGS: Final = {name.lower(): name for name in (*RULES, *ROCKETMQ_KEYS)}
 
 # Environment variables of ours that are no settings, and what Kubernetes sets for a service that has our name.
 OTHER_VARIABLES: Final = frozenset({"DIRECTORY", "FAILPOINTS", "PYTHON", "SUPERVISOR_PID"})
+_VARIABLES: Final = {name.lower(): ENVIRONMENT_PREFIX + name.upper() for name in (*_SPELLINGS, *OTHER_VARIABLES)}
 _KUBERNETES: Final = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_\w+)?)", re.ASCII)
 
 
@@ -271,7 +291,7 @@ class Config:
         Two defaults follow a small ring or segment down. What somebody chose is checked instead.
         """
         if unknown := settings.keys() - RULES.keys():
-            raise ConfigError(f"unknown setting {min(unknown)!r}{_hint(min(unknown))}")
+            raise ConfigError(f"unknown setting {min(unknown)!r}{_hint(min(unknown), _SPELLINGS)}")
         for key in ("ring_bytes", "segment_bytes"):
             if key in settings and not isinstance(settings[key], int):
                 raise ConfigError(f"{key} = {settings[key]!r}: {_wanted(key)}")
@@ -302,11 +322,7 @@ def load(
     if path is not None and (file is not None or path.exists()):
         for name, value in _read_file(path).items():
             _put(settings, name, value, f"{path}: ")
-    from_environment: dict[str, Any] = {}
-    for name, value in sorted((os.environ if environment is None else environment).items()):
-        key = name.removeprefix(ENVIRONMENT_PREFIX)
-        if name != key and key not in OTHER_VARIABLES and not _KUBERNETES.fullmatch(key):
-            _put(from_environment, _SPELLINGS.get(key.lower(), key.lower()), value, f"{name}: ")
+    from_environment = read_environment(environment)
     from_arguments: dict[str, Any] = {}
     for name, value in (arguments or {}).items():
         if f"{name}_ms" in RULES:
@@ -314,6 +330,19 @@ def load(
         else:
             _put(from_arguments, name, value, "")
     return Config.of(settings | from_environment | from_arguments, frozenset(from_arguments))
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The settings that stand in the environment. Raises ConfigError, also for a variable of ours that nobody knows."""
+    settings: dict[str, Any] = {}
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if name == key or key in OTHER_VARIABLES or _KUBERNETES.fullmatch(key):
+            continue
+        if key.lower() not in _SPELLINGS:
+            raise ConfigError(f"{name}: unknown variable{_hint(key, _VARIABLES)}")
+        _put(settings, _SPELLINGS[key.lower()], value, f"{name}: ")
+    return settings
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -332,7 +361,7 @@ def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
     """Store ``value`` under our own key, converted to the type of its default."""
     key, factor = ROCKETMQ_KEYS.get(name, (name, 1))
     if key not in RULES:
-        raise ConfigError(f"{where}unknown setting {name!r}{_hint(name)}")
+        raise ConfigError(f"{where}unknown setting {name!r}{_hint(name, _SPELLINGS)}")
     if key in settings:
         raise ConfigError(f"{where}{name!r} and another spelling of {key!r} are both set")
     try:
@@ -341,21 +370,21 @@ def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where}{name} = {value!r}: {_wanted(key)}") from None
 
 
-def _hint(name: str) -> str:
-    """What somebody may have meant who wrote a setting that nobody knows."""
+def _hint(name: str, known: Mapping[str, str]) -> str:
+    """What somebody may have meant who wrote a name that nobody knows. ``known``: in lower case, to how it is spelt."""
     from difflib import get_close_matches
 
-    if f"{name}_ms" in RULES:
-        return f"; did you mean {name}_ms, in milliseconds?"
-    nearest = get_close_matches(name.lower(), _SPELLINGS, n=1)
-    return f"; did you mean {_SPELLINGS[nearest[0]]}?" if nearest else "; config/README.md lists them all"
+    if with_unit := known.get(f"{name.lower()}_ms"):
+        return f"; did you mean {with_unit}, in milliseconds?"
+    nearest = get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {known[nearest[0]]}?" if nearest else "; config/README.md lists them all"
 
 
 def _convert(key: str, value: Any) -> Any:
     """Values as people write them: text from the environment, sizes like "32 MiB", an int where a float is meant."""
     kind = _type_of(key)
     if kind is bool and isinstance(value, str):
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower(), value)
+        return _BOOLEANS.get(value.strip().lower(), value)
     if kind is int and isinstance(value, str):
         number = _NUMBER.fullmatch(value.strip())
         unit = number[2].upper() if number else ""
@@ -370,8 +399,10 @@ def _convert(key: str, value: Any) -> Any:
 
 
 def _milliseconds(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31 / 1000:
-        raise ConfigError(f"{name} = {value!r}: must be a number of seconds; {_wanted(name + '_ms')}")
+    rule = RULES[f"{name}_ms"]
+    low, high = rule.low / 1000, rule.high / 1000
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} = {value!r}: must be a number of seconds, {low:g} to {high:g}")
     return round(value * 1000)
 
 
@@ -395,8 +426,18 @@ def limits_text(key: str) -> str:
 
 
 def _wanted(key: str) -> str:
+    if _type_of(key) is bool:
+        true, false = (", ".join(text for text in _BOOLEANS if _BOOLEANS[text] is value) for value in (True, False))
+        return f"must be {limits_text(key)}; as text: {true} or {false}"
     noun = {int: "an integer, ", float: "a number, "}.get(_type_of(key), "")
     return f"must be {noun}{limits_text(key)}"
+
+
+def _meant_binary(value: Any, rule: Rule) -> str:
+    """A hint for whoever wrote "8 MB", which is no power of two."""
+    if not isinstance(value, int) or value == 0 or value % 10**6 or not (rule.power_of_two or rule.multiple_of > 1):
+        return ""
+    return f'; {value // 10**6} MB is a decimal size: did you mean "{value // 10**6} MiB"?'
 
 
 def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
@@ -407,7 +448,8 @@ def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
                 f"{item.name} = {value!r}: replication comes with a later version; here it {_wanted(item.name)}"
             )
         if not _acceptable(value, _type_of(item.name), item.metadata["rule"]):
-            raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}")
+            hint = _meant_binary(value, item.metadata["rule"])
+            raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}{hint}")
 
 
 def _acceptable(value: Any, kind: type, rule: Rule) -> bool:

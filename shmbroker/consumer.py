@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
@@ -26,7 +26,9 @@ from shmbroker.errors import (
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import check_group, check_topic
 from shmbroker.record import RecordKind, subscription_text
-from shmbroker.store.consume_queue import Entry
+
+if TYPE_CHECKING:
+    from shmbroker.log_files import LogFiles
 
 logger = logging.getLogger("shmbroker.consumer")
 
@@ -39,24 +41,13 @@ class ConsumerHome(Protocol):
     """What a consumer asks of the broker handle that made it."""
 
     config: Config
+    files: LogFiles
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
 
     def attach_serving(self, timeout: float) -> Client:
         """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
-
-    def read_log(self, position: int) -> bytes:
-        """The record at ``position`` from the log's files."""
-
-    def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
-        """Consume queue entries at or after ``offset`` from the files."""
-
-    def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
-        """Packed consume queue entries from ``offset`` on, holes as zeros; b"" past the end."""
-
-    def read_window(self, position: int) -> bytes:
-        """A piece of the log's files that begins at ``position``; b"" if there is none."""
 
 
 class SimpleConsumer(ConsumerCore):
@@ -181,25 +172,24 @@ class SimpleConsumer(ConsumerCore):
             raise BrokerBusy(f"not flushed within sync_flush_timeout = {timeout_ms / 1000:g} s")
 
     def _read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
-        return self._home.read_entries(topic_id, queue_id, offset, count)
+        return self._home.files.read_entries(topic_id, queue_id, offset, count)
 
-    def _next_offset(self, topic_id: int, queue_id: int, offset: int) -> int | None:
-        found = self._home.read_queue(topic_id, queue_id, offset, 1)
-        return found[0].offset if found else None
+    def _hole_at(self, topic_id: int, queue_id: int, offset: int) -> tuple[int, bool] | None:
+        return self._home.files.hole_at(topic_id, queue_id, offset)
 
     def _read_window(self, position: int) -> bytes:
-        return self._home.read_window(position)
+        return self._home.files.read_window(position)
 
     def _read_at(self, position: int) -> bytes | None:
         try:
-            return self._home.read_log(position)
+            return self._home.files.read_log(position)
         except PositionGone:
             return None
 
     def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None:
         logger.error(
-            "group %s: %d messages of %s[%d], from offset %d on, are not in the log any more, and no acknowledgement "
-            "of them is known: lost, or, after a power cut, consumed shortly before it",
+            "group %s: %d messages of %s[%d], from offset %d on, cannot be had from the log any more, and no "
+            "acknowledgement of them is known: lost, or, after a power cut, consumed shortly before it",
             self.group, count, topic, queue_id, first,
         )  # fmt: skip
 

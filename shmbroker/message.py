@@ -1,4 +1,4 @@
-"""Rules of messages beyond their types: what tags, keys and properties may hold. Called by the native Message.
+"""Rules of messages, and what callers are told who break them. Called by the native core.
 
 The names that RocketMQ keeps to itself (its ``MessageConst``) are refused as property names, so that messages can move
 between the two without one meaning the other's bookkeeping.
@@ -33,13 +33,15 @@ RESERVED_NAMES: Final = frozenset(
 
 
 def check_tags(tags: object) -> str:
-    """One tag, or none. A pipe would make it two in a subscription's ``a || b``."""
+    """One tag, or none: what a subscription's ``a || b`` can name, which splits at pipes and drops outer blanks."""
     if tags is None:
         return ""
     if not isinstance(tags, str):
         raise MessageIllegal(f"tags must be a str, not {type(tags).__name__}")
     if "|" in tags or tags == "*" or tags != tags.strip() or not tags.isprintable():
-        raise MessageIllegal(f"tags {tags!r}: one printable word without '|' and outer blanks, and not '*'")
+        raise MessageIllegal(
+            f"tags = {tags!r}: one tag, of printable characters, without '|', not '*', with no blank before or behind"
+        )
     return _bounded("tags", tags)
 
 
@@ -62,13 +64,12 @@ def _key(key: object) -> str:
     return key
 
 
-def check_properties(properties: Mapping[str, str] | None) -> dict[str, str]:
+def check_properties(properties: object) -> dict[str, str]:
     """A private copy of the properties. Raises MessageIllegal, PropertiesTooLarge."""
-    if not properties:
-        return {}
+    if not isinstance(properties, Mapping):
+        raise MessageIllegal(f"properties must be a mapping of str to str, not {type(properties).__name__}")
     checked: dict[str, str] = {}
-    items: Iterable[tuple[object, object]] = properties.items()  # callers without a type checker send anything
-    for name, value in items:
+    for name, value in properties.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise MessageIllegal(f"property {name!r}: name and value must be str")
         if not name or NAME_VALUE_SEPARATOR in name + value or PROPERTY_SEPARATOR in name + value:
@@ -131,14 +132,32 @@ def _bounded(what: str, text: str) -> str:
         raise MessageIllegal(f"{what}: not valid Unicode: {error}") from error
     if encoded > ENCODED_BYTES_MAX:
         raise PropertiesTooLarge(f"{what}: {encoded} bytes encoded, at most {ENCODED_BYTES_MAX}")
-    return text
+    return text if type(text) is str else str.__str__(text)
 
 
 def check_body(body: object) -> bytes:
-    """Bytes as they are; other bytes-like objects are copied."""
-    if isinstance(body, bytes):
-        return body
-    if isinstance(body, bytearray | memoryview):
-        return bytes(body)
-    hint = ": encode it first, e.g. body.encode()" if isinstance(body, str) else ""
-    raise MessageIllegal(f"body must be bytes, not {type(body).__name__}{hint}")
+    """Any bytes-like object, but for an empty one, as plain bytes."""
+    if not isinstance(body, bytes | bytearray | memoryview):
+        hint = ": encode it first, e.g. body.encode()" if isinstance(body, str) else ""
+        raise MessageIllegal(f"body must be bytes, not {type(body).__name__}{hint}")
+    if not (copied := bytes(body)):
+        raise MessageIllegal("the body is empty: a message has at least one byte")
+    return copied
+
+
+# ---- arguments that are something else altogether: a TypeError that the native core raises
+
+
+def wrong_type(name: str, wanted: str, given: object) -> TypeError:
+    return TypeError(f"{name} must be {wanted}, not {type(given).__name__}")
+
+
+def no_message(name: str, given: object) -> TypeError:
+    return TypeError(f"{name} must be a Message, not {type(given).__name__}: Message(topic, body) makes one")
+
+
+def not_received(given: object) -> TypeError:
+    return TypeError(
+        f"message must be one that receive() returned, not {type(given).__name__}: that object carries the claim, and "
+        "nothing else can stand for it"
+    )

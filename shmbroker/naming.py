@@ -31,6 +31,11 @@ _SEGMENT: Final = re.compile(r"[0-9]{20}", re.ASCII)
 _OBJECT: Final = re.compile(r"/shmbroker-[0-9a-f]{32}-[cr]", re.ASCII)
 
 
+def is_in_names(text: str) -> bool:
+    """True if all of its characters may stand in the name of a topic or group."""
+    return _ALPHABET.fullmatch(text) is not None
+
+
 def _check(kind: str, name: object, length_max: int) -> None:
     if not isinstance(name, str):
         raise NameIllegal(f"{kind} {name!r}: must be a str")
@@ -38,15 +43,18 @@ def _check(kind: str, name: object, length_max: int) -> None:
         raise NameIllegal(f"{kind} name is empty")
     if len(name) > length_max:
         raise NameIllegal(f"{kind} {name[:40]!r}...: {len(name)} characters, at most {length_max}")
-    if not _ALPHABET.fullmatch(name):
+    if not is_in_names(name):
         raise NameIllegal(f"{kind} {name!r}: only letters, digits and % | _ - are allowed")
 
 
 def check_topic(name: str) -> str:
-    """Return ``name`` if it may name a topic, retry and dead-letter topics included; else raise NameIllegal."""
+    """Return ``name``, as a plain str, if it may name a topic, also one for retries or dead letters.
+
+    Raises NameIllegal.
+    """
     prefixed = str(name).startswith((RETRY_PREFIX, DEAD_LETTER_PREFIX))
     _check("topic", name, PREFIXED_TOPIC_LENGTH_MAX if prefixed else TOPIC_LENGTH_MAX)
-    return name
+    return str.__str__(name)
 
 
 def check_group(name: str) -> str:

@@ -12,14 +12,17 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar
 
 from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, SendResult, crc32c
 from shmbroker.completion import Completion
 from shmbroker.config import Config
 from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
-from shmbroker.message import due_ns
-from shmbroker.naming import check_group, check_topic
+from shmbroker.message import due_ns, no_message, wrong_type
+from shmbroker.naming import check_group
+
+if TYPE_CHECKING:
+    from shmbroker.log_files import LogFiles
 
 Result = TypeVar("Result")
 QueueSelector = Callable[[Sequence[int], Message, Any], int]
@@ -49,15 +52,13 @@ class ProducerHome(Protocol):
     """What a producer asks of the broker handle that made it."""
 
     config: Config
+    files: LogFiles
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
 
     def attach_serving(self, timeout: float) -> Client:
         """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
-
-    def read_log(self, position: int) -> bytes:
-        """The record at ``position`` from the log's files."""
 
     def recall(self, handle: str) -> bool:
         """As Broker.recall."""
@@ -92,7 +93,7 @@ class Producer(ProducerCore):
                 f"topic {topic!r} does not exist and auto_create_topics is off: "
                 f"`shmbroker topic create {topic}` or broker.create_topic({topic!r})"
             )
-        self.client.region.define_topic(check_topic(topic), runtime.default_topic_queues)
+        self.client.region.define_topic(topic, runtime.default_topic_queues)
 
     def _choose_queue(
         self,
@@ -108,13 +109,14 @@ class Producer(ProducerCore):
         if queue_id is not None:
             return queue_id
         if sharding_key is not None:  # the same key meets the same queue in every process, for as long as queues stay
-            return crc32c(sharding_key.encode() if isinstance(sharding_key, str) else sharding_key) % count
-        assert selector is not None
+            return crc32c(_key_bytes("sharding_key", sharding_key)) % count
+        if not callable(selector):
+            raise wrong_type("selector", "a function of the queues, the message and the argument", selector)
         return selector(range(count), message, argument)
 
     def _dedup_id(self, message: Message, dedup_key: str | bytes) -> tuple[int, int]:
         """The id that this key gives to the message: whoever sends with it, the id is the same (R17)."""
-        key = dedup_key.encode() if isinstance(dedup_key, str) else bytes(dedup_key)
+        key = _key_bytes("dedup_key", dedup_key)
         if not key:
             raise BadRequest("an empty dedup_key")
         digest = hashlib.blake2b(message.topic.encode() + b"\0" + key, digest_size=16).digest()
@@ -130,7 +132,7 @@ class Producer(ProducerCore):
         return self._home.attach()
 
     def _read_log(self, position: int) -> bytes:
-        return self._home.read_log(position)
+        return self._home.files.read_log(position)
 
     def _send_again(self, send: Callable[[float], Result], timeout: float | None) -> Result:
         """The broker this producer was attached to has stopped: attach to its successor and send, with nothing stored
@@ -165,9 +167,11 @@ class Producer(ProducerCore):
         """Append now; tell ``callback``, in the order of a thread's sends, when the message is as durable as promised.
 
         Waits for room in the ring, for a broker that restarts, and for callbacks to return if very many are due; at
-        most ``timeout`` seconds. Raises BadRequest, and BrokerBusy if no callback has returned; the rest (NotReady too)
-        reaches ``on_exception``.
+        most ``timeout`` seconds. Raises BadRequest and TypeError, and BrokerBusy if no callback has returned; the rest
+        (NotReady too) reaches ``on_exception``.
         """
+        if not isinstance(message, Message):
+            raise no_message("message", message)
         if callback is not None and not (hasattr(callback, "on_success") and hasattr(callback, "on_exception")):
             raise BadRequest(f"callback = {callback!r}: an object with the methods on_success and on_exception")
         self._completion_of_this_process().send(
@@ -213,6 +217,14 @@ class Producer(ProducerCore):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _key_bytes(name: str, key: object) -> bytes:
+    if isinstance(key, str):
+        return key.encode()
+    if isinstance(key, bytes | bytearray | memoryview):
+        return bytes(key)
+    raise wrong_type(name, "a str or bytes", key)
 
 
 __all__ = ["BatchResult", "Message", "Producer", "QueueSelector", "SendCallback", "SendResult"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import lmdb
@@ -20,11 +19,12 @@ from shmbroker.delivery.firing import TimerScan, scan_timers
 from shmbroker.errors import BadRequest, BrokerBusy, CorruptLog, PositionGone
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RecordKind
-from shmbroker.store.serving_reader import ServingReader
 from shmbroker.store.timer_index import Known, TimerIndex
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Client, Region
+    from shmbroker.log_files import LogFiles
+    from shmbroker.store.serving_reader import ServingReader
 
 _HANDLE_DIGITS: Final = 64
 _index_lock = threading.Lock()  # LMDB opens an index once in a process
@@ -33,15 +33,10 @@ _index_lock = threading.Lock()  # LMDB opens an index once in a process
 class RecallHome(Protocol):
     """What a recall asks of the broker handle."""
 
+    files: LogFiles
+
     def attach(self) -> Client:
         """This process's attachment to the running broker."""
-
-    def open_log(self) -> ServingReader:
-        """The log's files, for the caller alone."""
-
-    @property
-    def timers(self) -> tuple[Path, bytes]:
-        """Where the timer index lies, and the identity of its log."""
 
 
 class Handle(NamedTuple):
@@ -111,7 +106,7 @@ def _fate_of(home: RecallHome, region: Region, handle: Handle) -> _Fate:
         kept = region.get("kept")  # before the index is asked: what it does not know then lies behind
         known = _ask_index(home, handle)
         start = max(kept, known.position)
-        log = home.open_log()
+        log = home.files.open_log()
         try:
             return _read_fate(region, log, handle, known, start)
         except PositionGone:  # retention was faster; the index knows by now what was there
@@ -121,7 +116,7 @@ def _fate_of(home: RecallHome, region: Region, handle: Handle) -> _Fate:
 
 
 def _ask_index(home: RecallHome, handle: Handle) -> Known:
-    path, store = home.timers
+    path, store = home.files.timers
     with _index_lock:
         try:
             index = TimerIndex(path, store)

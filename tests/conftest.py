@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.disk import disk, log, pool  # noqa: F401 - fixtures of the tests that write segments
-from support.processes import SMALL, processes_of
+from support.processes import SMALL, wait_gone
 from support.waiting import wait_until
 
 import shmbroker
@@ -23,7 +23,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "broker"
     before = {path.name for path in SHM.iterdir()}  # left by others, perhaps naming our inode
     yield place
-    wait_until(lambda: not processes_of(place), "the broker gone after the test", deadline=10.0)
+    wait_gone(place)
     assert set(objects_of(place)) <= before
 
 

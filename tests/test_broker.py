@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 from support.consuming import ALL, CONSUMER, drain, numbered, send
-from support.processes import Child, kill_all, processes_of
+from support.processes import Child, kill_all, wait_gone
 from support.running import QUICK, lose_memory, running
 from support.waiting import wait_until
 
@@ -50,7 +51,7 @@ DELETE: Final = """
 def stop(directory: Path, child: Child) -> None:
     child.write_line()
     child.wait()
-    wait_until(lambda: not processes_of(directory), "the embedded broker stopped")
+    wait_gone(directory)
 
 
 def kill(directory: Path, _child: Child) -> None:
@@ -198,7 +199,8 @@ def test_a_body_of_the_documented_limit_can_be_sent_and_one_byte_more_cannot(
         assert limit == broker.region.ring_bytes // 4 - 80
         for number in range(5):
             producer.send(Message("orders", bytes([number]) * limit))
-        with pytest.raises(MessageTooLarge):
+        bounds = f"max_message_bytes is {limit}. That can be at most a quarter of ring_bytes ("
+        with pytest.raises(MessageTooLarge, match=re.escape(bounds)):
             producer.send(Message("orders", bytes(limit + 1)))
         with broker.simple_consumer("audit", ALL) as consumer:
             assert sorted(drain(consumer, 5)) == [bytes([number]) * limit for number in range(5)]

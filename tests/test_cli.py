@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from support.command import COMMAND, TIMEOUT
+from support.command import COMMAND, TIMEOUT, environment, shmbroker, shmbroker_json
 from support.served import served
 
 from shmbroker import errors
@@ -49,14 +49,75 @@ def test_help_is_fast_because_it_loads_no_command() -> None:
     assert shown == set(COMMANDS) - HIDDEN, "what only contributors need is not shown to users"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["topic", "list"]], ids=" ".join)
-def test_an_output_that_cannot_be_written_is_called_so(tmp_path: Path, arguments: list[str]) -> None:
-    """Not like a full disk of the broker, which has the same errno."""
-    with served(tmp_path / "broker"), Path("/dev/full").open("wb") as full:
-        command = [*COMMAND, "-d", str(tmp_path / "broker"), *arguments]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
-    assert done.returncode == ExitCode.OPERATOR
-    assert done.stderr == "shmbroker: standard output cannot be written to: No space left on device\n"
+UNWRITABLE = {">/dev/full": "No space left on device", ">&-": "Bad file descriptor"}
+
+
+@pytest.mark.parametrize("redirection", UNWRITABLE)
+def test_an_output_that_cannot_be_written_is_called_so(tmp_path: Path, redirection: str) -> None:
+    """Not like a full disk of the broker, which has the same errno. What a command has changed it says on stderr."""
+    done_all_the_same = {
+        "topic create made": "created made",
+        "send --topic t": "2 messages stored (2 SEND_OK)",
+        "topic alter t --queues 3": "altered t",
+        "topic delete made --yes": "deleted made",
+        "group set-subscription g --topic t": "g subscribes to t: * now",
+        "group delete g --yes": "deleted g",
+    }
+    with served(tmp_path / "broker"):
+        shmbroker(tmp_path / "broker", "topic", "create", "t", "--queues", "2")
+        shmbroker(tmp_path / "broker", "receive", "--topic", "t", "--group", "g", "--wait", "0")
+        for arguments in ("--help", "--version", "status", "topic list", "--json log verify", *done_all_the_same):
+            done = closing(tmp_path / "broker", redirection, *arguments.split())
+            told = f"shmbroker: standard output cannot be written to: {UNWRITABLE[redirection]}"
+            if arguments in done_all_the_same:
+                told += f"; done all the same: {done_all_the_same[arguments]}"
+            assert (done.returncode, done.stderr) == (ExitCode.OPERATOR, f"{told}\n"), arguments
+        (topic,) = shmbroker_json(tmp_path / "broker", "topic", "list")
+        assert (topic["name"], topic["sent"], len(topic["queues"])) == ("t", 2, 3)
+        assert shmbroker_json(tmp_path / "broker", "group", "list") == []
+
+
+def test_a_closed_input_is_an_empty_one_and_a_closed_stderr_hears_nothing(tmp_path: Path) -> None:
+    with served(tmp_path / "broker"):
+        sent = closing(tmp_path / "broker", "<&-", "send", "--topic", "t")
+        assert (sent.returncode, sent.stdout, sent.stderr) == (0, "nothing sent\n", "")
+        shmbroker(tmp_path / "broker", "topic", "create", "t")
+        asked = closing(tmp_path / "broker", "<&-", "topic", "delete", "t")
+        assert (asked.returncode, asked.stdout) == (ExitCode.FINDING, "")
+        unheard = closing(tmp_path / "broker", "2>&-", "topic", "delete", "other", "--yes")
+        assert (unheard.returncode, unheard.stdout, unheard.stderr) == (ExitCode.USAGE, "", "")
+
+
+def closing(directory: Path, redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of which the shell redirects or closes a standard stream."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, "-d", str(directory), *arguments],
+        input="one\ntwo\n",
+        capture_output=True,
+        env=environment(),
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_mistyped_variable_before_it_does_anything(tmp_path: Path, name: str) -> None:
+    """`SHMBROKER_DIRECTRY=... shmbroker status` would look at another directory than was meant."""
+    done = subprocess.run(
+        [*COMMAND, name, "--help"],
+        cwd=tmp_path,
+        env=environment() | {"SHMBROKER_DIRECTRY": "data/orders"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert (done.stdout, done.stderr) == (
+        "",
+        "shmbroker: SHMBROKER_DIRECTRY: unknown variable; did you mean SHMBROKER_DIRECTORY?\n",
+    )
+    assert done.returncode == (Exit.CONFIG if name in ("serve", "worker") else ExitCode.USAGE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_exit_codes_are_those_of_the_documents() -> None:

@@ -90,6 +90,26 @@ def test_group_show_counts_the_lag_and_names_who_holds_the_oldest(server: Path) 
     assert shmbroker_json(server, "group", "show", "g")["lag_messages"] == 0
 
 
+def test_group_show_marks_topics_that_the_group_does_not_subscribe_to_any_more(server: Path) -> None:
+    for topic in ("orders", "refunds", "numbers"):
+        shmbroker_json(server, "topic", "create", topic, "--queues", "1")
+        shmbroker_json(server, "send", "--topic", topic, stdin=feed(lines(3)))
+    shmbroker(server, "receive", "-g", "g", "-t", "orders", "-t", "refunds", "-t", "numbers", "--no-ack")
+    shmbroker(server, "receive", "-g", "g", "-t", "orders")
+    shmbroker(server, "receive", "-g", "g", "-t", "numbers")
+    lag = shmbroker_json(server, "group", "show", "g")
+    assert {q["topic"]: (q["subscribed"], q["lag_messages"]) for q in lag["queues"]} == {
+        "orders": (False, 0),
+        "refunds": (False, 3),
+        "numbers": (True, 0),
+    }
+    shown = shmbroker(server, "group", "show", "g").stdout
+    rows = re.findall(r"^ *not subscribed any more +(.*)$", shown, flags=re.MULTILINE)
+    assert rows == ["orders", "refunds: 3 messages wait and keep their log until a member subscribes to it"]
+    topics = re.findall(r"^ *(\w+(?: \(not subscribed\))?) +0 +\d+ +3 ", shown, flags=re.MULTILINE)
+    assert topics == ["numbers", "orders (not subscribed)", "refunds (not subscribed)"]
+
+
 def test_lag_counts_queues_that_no_member_has_looked_at_yet(server: Path) -> None:
     """They were made after the last member had left."""
     shmbroker_json(server, "topic", "create", "t", "--queues", "1")
@@ -200,6 +220,8 @@ def test_counts_that_a_stop_forgets_say_so(tmp_path: Path) -> None:
             assert received.stdout == "12345\n" * count
             (topic,) = shmbroker_json(tmp_path / "broker", "topic", "list")
             assert (topic["sent"], topic["bytes_since_start"]) == (total, 5 * count)
+            shown = shmbroker(tmp_path / "broker", "topic", "list").stdout.split()
+            assert shown == f"topic queues permission messages kept messages ever t 2 rw {total} {total}".split()
             lag = shmbroker_json(tmp_path / "broker", "group", "show", "g")
             assert lag["delivered_since_start"] == count
             assert "delivered since the broker started" in shmbroker(tmp_path / "broker", "group", "show", "g").stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,33 @@ def test_a_command_that_does_nothing_makes_no_directory(
     assert (done.returncode == 0) == (says == "")
     assert done.stderr.count("\n") == bool(says)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_code_of_a_send_is_that_of_the_send_also_if_nobody_reads_its_answer(server: Path) -> None:
+    shmbroker_json(server, "topic", "create", "t")
+    for permission, code, says in (("rw", 0, b""), ("r", ExitCode.USAGE, b"NoPermission.*Stopped behind line 0")):
+        shmbroker_json(server, "topic", "alter", "t", "--permission", permission)
+        pipe = subprocess.PIPE
+        sender = start(server, "send", "--topic", "t", stdin=pipe, stdout=pipe, stderr=pipe)
+        assert sender.stdout is not None
+        sender.stdout.close()
+        _, complaint = sender.communicate(feed(lines(3)), timeout=TIMEOUT)
+        assert sender.returncode == code
+        assert re.fullmatch(b"(.*%b.*\n)?" % says if says else b"", complaint), complaint
+    (topic,) = shmbroker_json(server, "topic", "list")
+    assert topic["sent"] == 3
+
+
+def test_an_unusable_directory_is_seen_also_by_who_has_nothing_to_send(tmp_path: Path) -> None:
+    for place, says in (
+        (Path("/proc/nothing"), "DirectoryUnusable: /proc/nothing: No such file or directory: a directory there"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        done = shmbroker(place, "send", "--topic", "t")
+        assert (done.returncode, done.stdout) == (ExitCode.OPERATOR, "")
+        assert says in done.stderr
+    assert shmbroker(tmp_path / "new" / "below", "send", "--topic", "t").stdout == "nothing sent\n"
+    assert list(tmp_path.iterdir()) == [], "looking left nothing behind"
 
 
 def test_an_interrupted_send_tells_how_far_it_came(server: Path) -> None:

@@ -21,6 +21,7 @@ from shmbroker.record import encode_record
 from shmbroker.store.commit_log import CommitLog, LogReader
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentHeader
 from shmbroker.store.segment_pool import SegmentPool
+from shmbroker.store.serving_reader import ServingReader
 
 # ---- the writer
 
@@ -213,6 +214,35 @@ def test_feed_passes_every_byte_on_whatever_its_windows(builder: StoreBuilder, w
     assert seen == builder.log_bytes()
     builder.flip(big + 200)
     assert reader.feed(0, builder.position, consume) == big
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", [LogReader, ServingReader])
+def test_the_next_record_behind_damage_is_found_whatever_its_size_and_the_windows(
+    builder: StoreBuilder, kind: type[LogReader]
+) -> None:
+    damaged = builder.message(pattern(SEGMENT - 80))  # a segment of its own
+    large = builder.message(pattern(3000))  # fits into no window, nor into two
+    builder.sync()
+    knows = builder.message(pattern(3000))
+    builder.flip(damaged + 200)
+    reader = kind(builder.log, builder.segment_bytes, STORE, window_bytes=1024)
+    assert reader.find(damaged, builder.position) == large
+    assert reader.find(large, builder.position) == large
+    assert reader.find(damaged, builder.position, flushed_above=damaged) == knows
+    assert reader.find(knows + 8, builder.position) is None
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", [LogReader, ServingReader])
+def test_the_search_for_the_next_record_goes_on_behind_missing_and_shortened_segments(
+    builder: StoreBuilder, kind: type[LogReader]
+) -> None:
+    missing, short, behind = (number * SEGMENT for number in (1, 2, 3))
+    builder.place.path(missing).unlink()
+    os.truncate(builder.place.path(short), SEGMENT_HEADER_BYTES + 60)
+    reader = kind(builder.log, builder.segment_bytes, STORE)
+    assert reader.find(missing, builder.position) == behind
     reader.close()
 
 

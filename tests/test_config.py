@@ -75,18 +75,31 @@ def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key
         ),
         ({"ring_bytes": "much"}, "ring_bytes = 'much': must be an integer"),
         ({"segment_bytes": 65537}, "segment_bytes = 65537: .* a multiple of 4096"),
-        ({"sync_flush_timeout": "5"}, "sync_flush_timeout = '5': must be a number of seconds"),
+        ({"ring_bytes": "8 MB"}, 'a power of two; 8 MB is a decimal size: did you mean "8 MiB"\\?$'),
+        ({"sync_flush_timeout": "5"}, "^sync_flush_timeout = '5': must be a number of seconds, 0.001 to 3600$"),
         ({"sync_flush_timeout": float("nan")}, "sync_flush_timeout = nan"),
-        ({"send_timeout": 0}, "send_timeout_ms = 0: must be an integer, 1 to"),
-        ({"auto_create_topics": 1}, "auto_create_topics = 1: must be true or false"),
+        ({"send_timeout": 0}, "^send_timeout = 0: must be a number of seconds, 0.001 to 3600$"),
+        (
+            {"auto_create_topics": "on"},
+            "auto_create_topics = 'on': must be true or false; as text: true, yes, 1 or false, no, 0",
+        ),
         ({"max_topics": True}, "max_topics = True: must be an integer"),
         ({"flush_disk_type": "sync"}, "flush_disk_type = 'sync': must be ASYNC_FLUSH or SYNC_FLUSH"),
         ({"disk_full_watermark": float("nan")}, "disk_full_watermark = nan: must be a number, 0.1 to 1"),
         ({"flushDiskTypo": "SYNC_FLUSH"}, "unknown setting 'flushDiskTypo'"),
         (
             {"ring_bytes": "1 MiB", "max_message_bytes": "1 MiB"},
-            "max_message_bytes = 1048576: with ring_bytes = 1048576 at most 262064",
+            r"1048576: a message fills at most a quarter of ring_bytes \(1 MiB\), its header included",
         ),
+        (
+            {"ring_bytes": "1 MiB", "max_message_bytes": "1 MiB"},
+            'at most 262064 bytes of body; this size takes ring_bytes = "8 MiB"$',
+        ),
+        (
+            {"max_message_bytes": "16 MiB"},
+            r"segment_bytes \(64 MiB\).* 8388528 .* ring_bytes = .128 MiB. and segment_bytes = .128 MiB.$",
+        ),
+        ({"max_message_bytes": "1 GiB"}, "at most 8388528 bytes of body$"),
         ({"snapshot_interval_bytes": "128 MiB"}, "snapshot_interval_bytes = 134217728: must be at most segment_bytes"),
         (
             {"message_delay_level": "1s soon"},
@@ -100,6 +113,25 @@ def test_a_wrong_setting_is_refused_with_key_value_and_limits(arguments: dict[st
         load(arguments=arguments, environment={})
 
 
+def test_the_sizes_that_an_error_proposes_are_accepted() -> None:
+    for size in ("8 MiB", "16 MiB", "300 MB", "262065"):
+        with pytest.raises(ConfigError) as refused:
+            load(arguments={"ring_bytes": "1 MiB", "segment_bytes": "1 MiB", "max_message_bytes": size}, environment={})
+        proposed = dict(re.findall(r'(\w+) = "(.+?)"', str(refused.value)))
+        assert list(proposed) == ["ring_bytes", "segment_bytes"]
+        load(arguments=proposed | {"max_message_bytes": size}, environment={})
+
+
+def test_the_texts_that_mean_true_and_false_are_accepted_and_documented() -> None:
+    documents = [CONFIG / "README.md", CONFIG.parent / "docs" / "operations.md"]
+    for text, value in config._BOOLEANS.items():
+        for spelt in (text, text.title(), text.upper()):
+            assert load(environment={"SHMBROKER_AUTO_CREATE_TOPICS": spelt}).runtime.auto_create_topics is value
+    for document in documents:
+        words = document.read_text().replace("\n", " ")
+        assert "`true`, `yes`, `1` or `false`, `no`, `0`" in words, document
+
+
 def test_a_time_in_a_file_needs_its_unit(tmp_path: Path) -> None:
     write(tmp_path, "sync_flush_timeout = 5")
     with pytest.raises(ConfigError, match="did you mean sync_flush_timeout_ms, in milliseconds"):
@@ -109,11 +141,13 @@ def test_a_time_in_a_file_needs_its_unit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("SHMBROKER_RINGBYTES", "SHMBROKER_RINGBYTES: unknown setting 'ringbytes'; did you mean ring_bytes?"),
-        ("SHMBROKER_FLUSH_TYPE", "did you mean flush_disk_type?"),
-        ("SHMBROKER_SYNC_FLUSH_TIMEOUT", "did you mean sync_flush_timeout_ms, in milliseconds?"),
-        ("SHMBROKER_FLUSHDISKTYP", "did you mean flushDiskType?"),
-        ("SHMBROKER_XYZ", "unknown setting 'xyz'; config/README.md lists them all"),
+        ("SHMBROKER_RINGBYTES", "SHMBROKER_RINGBYTES: unknown variable; did you mean SHMBROKER_RING_BYTES?"),
+        ("SHMBROKER_FLUSH_TYPE", "did you mean SHMBROKER_FLUSH_DISK_TYPE?"),
+        ("SHMBROKER_SYNC_FLUSH_TIMEOUT", "did you mean SHMBROKER_SYNC_FLUSH_TIMEOUT_MS, in milliseconds?"),
+        ("SHMBROKER_FLUSHDISKTYP", "did you mean SHMBROKER_FLUSHDISKTYPE?"),
+        ("SHMBROKER_DIRECTRY", "did you mean SHMBROKER_DIRECTORY?"),
+        ("SHMBROKER_directory", "did you mean SHMBROKER_DIRECTORY?"),
+        ("SHMBROKER_XYZ", "unknown variable; config/README.md lists them all"),
     ],
 )
 def test_a_misspelt_variable_is_refused_with_what_was_meant(name: str, hint: str) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from support.consuming import ALL
-from support.processes import Child, processes_of
+from support.consuming import deliverable
+from support.processes import Child, wait_gone
 from support.running import log_records, running, starts_of, wait_restarted, wait_word, worker_pid
 from support.system_calls import failing
 from support.waiting import wait_until
@@ -53,29 +53,8 @@ def damage(directory: Path, records: list[Record], first: int, count: int) -> se
     return {int(record.body.split()[0]) for record in victims}
 
 
-def deliverable(broker: Broker, group: str) -> tuple[set[int], set[int]]:
-    """Numbers that the group gets, until there is nothing left but damage; and positions that its CorruptLog names."""
-    numbers: set[int] = set()
-    places: set[int] = set()
-    refusals = 0
-    with broker.simple_consumer(group, ALL) as consumer:
-        while refusals < 2:  # once more after the first: each queue may have something to say
-            try:
-                messages = consumer.receive(100)
-            except shmbroker.CorruptLog as error:
-                places.add(-1 if error.position is None else error.position)
-                refusals += 1
-                continue
-            if not messages:
-                break
-            consumer.ack(messages)
-            numbers |= {int(message.body.split()[0]) for message in messages}
-        assert consumer.lost == 0
-    return numbers, places
-
-
 def stopped_cleanly(directory: Path) -> bool:
-    wait_until(lambda: not processes_of(directory), "the broker stopped")
+    wait_gone(directory)
     checkpoint = CheckpointFile(BrokerPaths(directory).checkpoint).read()
     return checkpoint is not None and checkpoint.clean and read_descriptor(BrokerPaths(directory)) is None
 
@@ -98,9 +77,9 @@ def test_a_damaged_old_segment_stops_neither_the_dispatcher_nor_a_clean_stop(tmp
         if index == "to be made anew":
             wait_until(lambda: is_damage_named(broker, SEGMENT), "status names the damage")
         wait_word(broker, "indexed", broker.region.get("tail"))
-        numbers, places = deliverable(broker, "audit")
+        numbers, damages = deliverable(broker, "audit")
         assert numbers == set(range(COUNT)) - swallowed
-        assert places == {SEGMENT}
+        assert {error.position for error in damages} == {SEGMENT}
         assert is_damage_named(broker, SEGMENT), "by whoever met it first"
         with broker.producer("test") as producer:
             producer.send(Message("orders", b"4000"))
@@ -134,10 +113,10 @@ def test_what_the_disk_loses_before_the_dispatcher_has_it_is_not_passed_over_in_
         assert starts_of(broker, "dispatcher") == 1
     assert stopped_cleanly(directory)
     with running(directory, **SETTINGS) as broker:  # with nothing in memory that knows where they were
-        numbers, places = deliverable(broker, "second")
+        numbers, damages = deliverable(broker, "second")
         assert numbers == set(range(COUNT)) - swallowed
-        assert places
-        assert all(SEGMENT <= place < SEGMENT + 10 * 1200 for place in places)
+        assert damages
+        assert all(SEGMENT <= (error.position or 0) < SEGMENT + 10 * 1200 for error in damages)
         queues = ConsumeQueues(BrokerPaths(directory).queues, log_store(directory))
         entries = [queues.read(1, queue_id, 0, COUNT, 1 << 62) for queue_id in range(4)]
         assert [[entry.offset for entry in queue] for queue in entries] == [[*range(COUNT // 4)]] * 4, "no holes"
@@ -160,12 +139,12 @@ def test_a_block_that_the_disk_cannot_read_is_damage_to_the_dispatcher_and_no_re
         assert (tmp_path / "calls").read_text().count("EIO") == 20
         assert broker.status()["damaged_at"] is not None
         assert starts_of(broker, "dispatcher") == 1
-        assert deliverable(broker, "audit") == (set(range(COUNT)), set()), "the index in memory knows where they are"
+        assert deliverable(broker, "audit") == (set(range(COUNT)), []), "the index in memory knows where they are"
     assert stopped_cleanly(directory)
     with running(directory, **SETTINGS) as broker:
-        numbers, places = deliverable(broker, "second")
+        numbers, damages = deliverable(broker, "second")
         assert len(numbers) >= COUNT - 1, "what could not be read is one record, of a message or of the broker's own"
-        assert len(places) == COUNT - len(numbers)
+        assert len({error.position for error in damages}) == COUNT - len(numbers)
 
 
 @pytest.mark.crash
@@ -219,9 +198,9 @@ def test_a_damaged_file_of_the_consume_queues_is_waited_with_and_the_log_is_stop
         os.kill(worker_pid(broker, "dispatcher"), signal.SIGKILL)
         wait_restarted(broker, "dispatcher")
         producer.send(Message("orders", b"2"), queue_id=0)
-        assert deliverable(broker, "audit") == ({1, 2}, set())
+        assert deliverable(broker, "audit") == ({1, 2}, [])
         assert starts_of(broker, "dispatcher") == 2
-    wait_until(lambda: not processes_of(directory), "the broker stopped")
+    wait_gone(directory)
     assert memory.attach(BrokerPaths(directory)) is None
     with pytest.raises(shmbroker.CorruptLog, match=r"queues/.*log rebuild"):
         shmbroker.open(directory)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.processes import wait_ended
 from support.waiting import wait_until
 
 from shmbroker.tools.demo_history import History, acked_line, body_of, judge, received_line, sent_line
@@ -167,5 +168,5 @@ def test_an_interrupted_demo_leaves_nothing_behind(
         running.communicate()
     assert running.returncode == (ExitCode.INTERRUPTED if everybody else ExitCode.TERMINATED)
     assert [text.strip() for text in told] == [b"", b""], "no traceback, of nobody"
-    assert psutil.wait_procs(fleet, timeout=10)[1] == [], "no process of the fleet is left"
+    assert wait_ended(fleet), "no process of the fleet is left"
     assert list(tmp_path.iterdir()) == []

@@ -239,6 +239,21 @@ def test_a_full_disk_refuses_sends_keeps_everything_and_resumes_by_itself(small_
     assert log_bodies(small_disk / "b") == [body(number) + bytes(20_000) for number in range(sent)]
 
 
+def test_who_waits_for_a_disk_without_room_does_not_make_the_flusher_spin(tmp_path: Path) -> None:
+    with running(tmp_path / "b", "flusher/flusher.pwrite=errno:ENOSPC@3+") as broker, broker.producer("p") as producer:
+        flusher = worker_pid(broker, "flusher")
+        results = []
+        for number in range(10):
+            results.append(producer.send(Message("orders", body(number))))
+            results[-1].confirm(timeout=0.01)  # a flush for each
+        busy = sum(psutil.Process(flusher).cpu_times()[:2])
+        assert results[-1].confirm(timeout=2.0) is SendStatus.FLUSH_DISK_TIMEOUT
+        assert sum(psutil.Process(flusher).cpu_times()[:2]) - busy < 0.3
+        os.kill(flusher, signal.SIGKILL)  # the next one has room
+        assert results[-1].confirm(timeout=30.0) is SendStatus.SEND_OK
+    assert log_bodies(tmp_path / "b") == [body(number) for number in range(10)]
+
+
 def test_a_flusher_that_is_to_leave_a_full_disk_keeps_house_and_gives_up_as_an_orphan(tmp_path: Path) -> None:
     with running(tmp_path / "b", "flusher/flusher.pwrite=errno:ENOSPC@3+") as broker, broker.producer("p") as producer:
         flusher = worker_pid(broker, "flusher")

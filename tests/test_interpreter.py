@@ -64,6 +64,16 @@ def test_nothing_in_the_current_directory_runs_in_a_broker_that_is_served(direct
     assert list(trapped.glob("*.trace")) == []
 
 
+@pytest.mark.parametrize("role", ["supervisor", "flusher", "dispatcher", "janitor"])
+def test_nothing_in_the_current_directory_runs_in_a_worker_that_is_started_by_hand(trapped: Path, role: str) -> None:
+    (trapped / "shmbroker.py").unlink()  # `python -m shmbroker...` means that one
+    command = [sys.executable, "-m", f"shmbroker.workers.{role}", "--help"]
+    done = subprocess.run(command, cwd=trapped, env=environment(), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: shmbroker ")
+    assert list(trapped.glob("*.trace")) == []
+
+
 def test_workers_stand_in_the_brokers_directory_and_hold_no_other(broker: Broker, directory: Path) -> None:
     wait_for_workers(directory)
     assert {process.cwd() for process in processes_of(directory)} == {str(directory)}
@@ -115,7 +125,7 @@ def test_a_program_that_embeds_python_is_told_how_to_name_one(directory: Path, e
         ("/nowhere/python3", "ConfigError: SHMBROKER_PYTHON = '/nowhere/python3': no such program"),
         (
             "/bin/false",
-            "NotReady: the supervisor failed: the supervisor died (run by /bin/false; SHMBROKER_PYTHON names another)",
+            "NotReady: the supervisor failed: exit code 1 (run by /bin/false; SHMBROKER_PYTHON names another)",
         ),
     ],
 )

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from reference_ring import Draft, Shape
 from support.native_ring import NativeRing
-from support.processes import Child, processes_of, wait_for_workers
+from support.processes import Child, wait_for_workers, wait_gone
 from support.regions import memory as bare_memory
 from support.running import QUICK, lose_memory, running
 from support.store_builder import StoreBuilder
-from support.waiting import wait_until
 
 from shmbroker import Message
 from shmbroker._native._core import Record, decode_record, encode_record
@@ -128,7 +127,7 @@ def test_a_dedup_key_is_known_after_a_restart(directory: Path, stopped_cleanly: 
         if stopped_cleanly:
             wait_for_workers(directory)
             child.write_line("")
-            wait_until(lambda: not processes_of(directory), "stopped")
+            wait_gone(directory)
         else:
             lose_memory(directory)
     with running(directory, **settings) as broker, broker.producer("p") as producer:

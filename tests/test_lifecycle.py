@@ -20,10 +20,10 @@ from support.processes import (
     SMALL,
     Child,
     kill_all,
-    processes_of,
     stop_broker,
     supervisor_of,
     wait_for_workers,
+    wait_gone,
     workers_of,
 )
 from support.waiting import wait_until
@@ -35,6 +35,7 @@ from shmbroker.broker import Broker
 from shmbroker.descriptor import read_descriptor
 from shmbroker.naming import BrokerPaths
 
+KILLED = "the supervisor of {} was killed while it started: starting another"  # what an opener logs
 SENDER = """
     import sys, shmbroker
     from shmbroker import Message
@@ -65,14 +66,14 @@ def body_at(broker: Broker, position: int) -> bytes:
     wait_until(lambda: region.get("flushed") > position, "the message on the disk")
     from shmbroker.record import decode_record
 
-    return bytes(decode_record(broker.read_log(position)).body)
+    return bytes(decode_record(broker.files.read_log(position)).body)
 
 
 def test_the_last_client_leaves_and_the_broker_stops_cleanly(directory: Path) -> None:
     with open_small(directory) as broker:
         position = send(broker, b"42")
         assert BrokerPaths(directory).descriptor.exists()
-    wait_until(lambda: not processes_of(directory), "the workers gone")
+    wait_gone(directory)
     assert not BrokerPaths(directory).descriptor.exists()
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"42"
@@ -300,7 +301,7 @@ def test_memory_of_another_version_is_flushed_before_it_is_given_up(directory: P
 @pytest.mark.crash
 @pytest.mark.parametrize("failpoint", ["", "supervisor/supervisor.sealed=kill"])
 def test_a_client_of_another_version_is_never_told_that_given_up_memory_has_stored_its_message(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failpoint: str
 ) -> None:
     directory.mkdir(exist_ok=True)
     (directory / "broker.toml").write_text(served.SETTINGS)
@@ -325,10 +326,8 @@ def test_a_client_of_another_version_is_never_told_that_given_up_memory_has_stor
             control.write(b"\xff" * 8)
         if failpoint:
             monkeypatch.setenv("SHMBROKER_FAILPOINTS", failpoint)
-            with pytest.raises(shmbroker.NotReady, match="the supervisor died"):
-                shmbroker.open(directory)
-            monkeypatch.delenv("SHMBROKER_FAILPOINTS")
         with shmbroker.open(directory) as broker:
+            assert KILLED.format(directory) in caplog.text or not failpoint
             assert body_at(broker, int(position)) == b"in time"
             child.write_line("too late")
             assert child.read_line() == "", "it raised"
@@ -369,7 +368,7 @@ def test_the_workers_leave_when_the_embedding_process_is_killed(directory: Path)
         child.write_line("left behind")
         position = int(child.read_line().split()[1])
         child.kill()
-    wait_until(lambda: not processes_of(directory), "the workers gone")
+    wait_gone(directory)
     assert not BrokerPaths(directory).descriptor.exists(), "it was a clean stop"
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"left behind"
@@ -382,7 +381,7 @@ def test_workers_leave_when_everything_else_is_killed(directory: Path) -> None:
         os.kill(child.pid, signal.SIGSTOP)
         os.kill(workers["supervisor"], signal.SIGKILL)
         child.kill()
-    wait_until(lambda: not processes_of(directory), "the orphans gone")
+    wait_gone(directory)
     with open_small(directory) as broker:
         assert body_at(broker, send(broker, b"taken over")) == b"taken over"
 
@@ -439,7 +438,7 @@ def test_a_setting_that_the_running_broker_does_not_have_is_refused(broker: Brok
 def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
     with pytest.raises(shmbroker.NotEnoughMemory, match=r"needs \d{5}\.\d MiB of /dev/shm, .* --shm-size="):
         shmbroker.open(directory, ring_bytes="2 GiB", claim_window=65_536, claim_tables=65_535)
-    wait_until(lambda: not processes_of(directory), "the supervisor gone")
+    wait_gone(directory)
 
 
 @pytest.mark.crash
@@ -457,15 +456,24 @@ def test_what_the_supervisor_meets_is_raised_by_open(directory: Path) -> None:
         "supervisor.running",
     ],
 )
-def test_a_supervisor_killed_while_it_starts_leaves_nothing_that_hinders_the_next(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_supervisor_killed_while_it_starts_hinders_nothing_and_the_opener_starts_another(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     monkeypatch.setenv("SHMBROKER_FAILPOINTS", f"supervisor/{name}=kill")
-    with pytest.raises(shmbroker.NotReady, match="the supervisor died"):
-        open_small(directory)
-    monkeypatch.delenv("SHMBROKER_FAILPOINTS")
     with open_small(directory) as broker:
+        assert KILLED.format(directory) in caplog.text
         assert body_at(broker, send(broker, b"first")) == b"first"
+
+
+def test_an_open_all_of_whose_supervisors_are_killed_says_so_when_its_time_is_over(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python-that-is-killed"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("SHMBROKER_PYTHON", str(python))
+    with pytest.raises(shmbroker.NotReady, match=r"[2-9] supervisors were killed .* within 0\.5 s: the kernel"):
+        shmbroker.open(directory, timeout=0.5)
 
 
 @pytest.mark.crash
@@ -480,7 +488,7 @@ def test_a_supervisor_killed_while_it_stops_loses_nothing(
         wait_for_workers(directory)
         position = send(broker, b"kept")
     monkeypatch.delenv("SHMBROKER_FAILPOINTS")
-    wait_until(lambda: not processes_of(directory), "supervisor and workers gone")
+    wait_gone(directory)
     with open_small(directory) as broker:
         assert body_at(broker, position) == b"kept"
 

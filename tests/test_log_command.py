@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support.command import shmbroker, shmbroker_json
 from support.store_builder import StoreBuilder
 
@@ -93,6 +94,26 @@ def test_a_later_record_that_knew_the_place_to_be_durable_makes_a_hole_damage(tm
     store.write_bytes(hole, bytes(80))
     verdict = shmbroker_json(tmp_path, "log", "verify", code=1)
     assert [place["position"] for place in verdict["damages"]] == [hole]
+
+
+@pytest.mark.parametrize("witness", ["the checkpoint", "the last record"])
+def test_large_records_behind_damage_are_not_taken_for_a_part_of_it(tmp_path: Path, witness: str) -> None:
+    """Each of them fits into no window of the reader's that does not begin near it."""
+    store = StoreBuilder(tmp_path, segment_bytes=32 << 20)
+    store.begin_epoch()
+    store.append(RecordKind.TOPIC, TopicBody("early", 7, 1).encode())
+    damaged, following = (store.message(bytes(3_000_000)) for _ in range(2))
+    store.append(RecordKind.TOPIC, TopicBody("late", 8, 1).encode())
+    store.sync()
+    store.message(bytes(5_000_000))
+    store.checkpoint(flushed=store.flushed if witness == "the checkpoint" else 0)
+    store.flip(damaged + 100)
+    verdict = shmbroker_json(tmp_path, "log", "verify", code=1)
+    assert [(place["position"], place["end"]) for place in verdict["damages"]] == [(damaged, following)]
+    assert (verdict["end"], verdict["messages"]) == (store.position, 2)
+    done = shmbroker(tmp_path, "--json", "log", "dump", "--from", str(damaged + 8), "--limit", "1")
+    assert json.loads(done.stdout)["position"] == following
+    assert shmbroker(tmp_path, "log", "dump", "--topic", "late", "--from", str(following)).returncode == 0
 
 
 def test_dump_prints_what_was_written(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[type[Exception], Send]] = {
     ),
     "two ways to choose a queue": (BadRequest, lambda p, t: p.send(Message(t, b"x"), queue_id=0, sharding_key="k")),
     "an empty dedup key": (BadRequest, lambda p, t: p.send(Message(t, b"x"), dedup_key="")),
-    "a negative timeout": (ValueError, lambda p, t: p.send(Message(t, b"x"), timeout=-1)),
+    "a negative timeout": (BadRequest, lambda p, t: p.send(Message(t, b"x"), timeout=-1)),
     "something that is no message": (TypeError, lambda p, _: p.send(b"x")),  # type: ignore[arg-type]
     "an empty batch": (MessageIllegal, lambda p, _: p.send_batch([])),
     "a batch of two topics": (MessageIllegal, lambda p, t: p.send_batch([Message(t, b"x"), Message(f"{t}-2", b"x")])),

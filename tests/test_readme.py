@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from support.command import COMMAND, environment, shmbroker
-from support.processes import processes_of
-from support.waiting import wait_until
+from support.processes import wait_gone
 
 from shmbroker._native._core import Region
 from shmbroker.config import MIB, load
@@ -20,20 +19,18 @@ README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 
 
-def test_the_example_runs_as_written(tmp_path: Path) -> None:
+def run_the_example(directory: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "data").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", example], cwd=directory, env=environment(), capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"(b'42'\n)?orders [0-9a-f]{32} paid order-42 b'42'\n", done.stdout), done.stdout
-    wait_until(lambda: not processes_of(tmp_path / "data" / "orders"), "the embedded broker has gone")
+    wait_gone(directory / "data" / "orders")
 
 
 def test_the_example_for_other_processes_runs_as_written(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", API, flags=re.DOTALL)
-    (tmp_path / "data").mkdir()
     (tmp_path / "example.py").write_text(example)
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
@@ -42,7 +39,7 @@ def test_the_example_for_other_processes_runs_as_written(tmp_path: Path) -> None
     directory = tmp_path / "data" / "spawned"
     received = shmbroker(directory, "receive", "--group", "audit", "--topic", "results").stdout.split()
     assert sorted(map(int, received)) == list(range(10))
-    wait_until(lambda: not processes_of(directory), "the embedded broker has gone")
+    wait_gone(directory)
 
 
 def test_what_the_readme_says_about_the_cost_is_true() -> None:
@@ -62,14 +59,15 @@ def test_what_the_readme_says_about_the_cost_is_true() -> None:
     assert f"A topic has {load(environment={}).runtime.default_topic_queues} queues" in README
 
 
-def test_the_command_lines_run_as_written(tmp_path: Path) -> None:
-    """Every line of the block in turn, in one shell; a failing one fails the test."""
-    (block,) = re.findall(r"```\n(shmbroker --help.*?)```", README, flags=re.DOTALL)
+def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Path) -> None:
+    """Typed one after the other, in one place: every line in turn, in one shell; a failing one fails the test."""
+    run_the_example(tmp_path)
+    (block,) = re.findall(r"```\n([^`]*shmbroker --help.*?)```", README, flags=re.DOTALL)
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "shmbroker").write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
     (programs / "shmbroker").chmod(0o755)
-    settings = {"PATH": f"{programs}:{os.environ['PATH']}", "SHMBROKER_DIRECTORY": str(tmp_path / "broker")}
+    settings = {"PATH": f"{programs}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["/bin/sh", "-e", "-c", block],
         cwd=tmp_path,
@@ -81,5 +79,7 @@ def test_the_command_lines_run_as_written(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     received = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     assert sorted(received) == list(range(1, 1001))
+    assert re.search(r"^ *orders +4 +rw +1 +1$", done.stdout, flags=re.MULTILINE), "the broker of the example"
     assert (tmp_path / "COPY" / "backup.json").exists()
-    wait_until(lambda: not processes_of(tmp_path / "broker"), "the embedded broker has gone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["COPY", "bin", "data"]
+    wait_gone(tmp_path / "data" / "orders")

@@ -75,6 +75,14 @@ def test_serve_names_who_embeds_the_broker_and_serves_when_it_ends(place: Path) 
     server.stderr.close()  # type: ignore[union-attr]
 
 
+def test_who_embedded_a_broker_that_serve_has_taken_over_leaves_its_restart_to_others(place: Path) -> None:
+    with api.open(place) as broker:
+        assert broker._may_start(broker._attached)
+        broker.region.set("embedded", 0)  # as serve does in the place of a supervisor that was killed
+        assert not broker._may_start(broker._attached)
+        broker.region.set("embedded", 1)
+
+
 def test_serve_that_is_told_to_stop_while_it_waits_leaves_at_once(place: Path) -> None:
     with api.open(place):
         server = serve(place, stderr=subprocess.PIPE)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import SHM, objects_of
 from support.consuming import ALL, drain, numbered, send
-from support.processes import SMALL, processes_of, supervisor_of, wait_for_workers, workers_of
+from support.processes import SMALL, supervisor_of, wait_for_workers, wait_gone, workers_of
 from support.waiting import wait_until
 
 import shmbroker
@@ -30,7 +30,7 @@ def objects(directory: Path) -> list[Path]:
     return [Path(f"{SHM}{name}") for name in (descriptor.control, descriptor.ring)]
 
 
-def wait_gone(*paths: Path) -> None:
+def wait_unlinked(*paths: Path) -> None:
     wait_until(lambda: not any(path.exists() for path in paths), "the memory objects gone")
 
 
@@ -55,8 +55,8 @@ def test_a_worker_that_dies_while_it_finishes_is_followed_by_another(
         wait_for_workers(directory)
         memory = objects(directory)
         send(broker, *numbered(50))
-    wait_gone(*memory)
-    wait_until(lambda: not processes_of(directory), "the broker gone")
+    wait_unlinked(*memory)
+    wait_gone(directory)
     log = BrokerPaths(directory).worker_log("supervisor").read_text()
     assert "exit code -9" in log
     with shmbroker.open(directory, **SMALL) as broker, broker.simple_consumer("audit", ALL) as consumer:
@@ -95,7 +95,7 @@ def test_what_no_worker_can_finish_the_supervisor_finishes(directory: Path, obst
         if unlink:
             wait_until(lambda: set(objects_of(directory)) - {path.name for path in memory}, "new memory")
     if not unlink:
-        wait_gone(*memory)
+        wait_unlinked(*memory)
         obstacle.unlink()
     with shmbroker.open(directory, **SMALL) as broker, broker.simple_consumer("audit", ALL) as consumer:
         rest = {*numbered(50)} - {message.body for message in acked}
@@ -133,8 +133,8 @@ def test_a_directory_removed_after_the_last_close_leaves_no_memory(
         remove(directory)
     if moment != "grace":
         os.kill(supervisor, signal.SIGCONT)
-    wait_gone(*memory)
-    wait_until(lambda: not processes_of(directory), "the broker gone")
+    wait_unlinked(*memory)
+    wait_gone(directory)
     assert not directory.exists()
 
 
@@ -178,10 +178,10 @@ def test_an_old_broker_leaves_the_one_alone_that_is_started_in_its_place(
 
         os.kill(old["supervisor"], signal.SIGCONT)
         wait_until(send_while_the_old_one_lives, "the old broker gone")
-        wait_gone(*memory)
+        wait_unlinked(*memory)
         with shmbroker.open(directory, timeout=5.0) as other:
             assert other.region.header["instance"] == broker.region.header["instance"]
-    wait_until(lambda: not processes_of(directory), "the new broker gone")
+    wait_gone(directory)
     with shmbroker.open(directory, **SMALL) as broker:
         subscriptions = {f"topic-{number}": "*" for number in range(4)}
         with broker.simple_consumer("audit", subscriptions) as consumer:
@@ -195,7 +195,7 @@ def test_what_is_left_of_a_queue_without_its_log_hinders_nobody(directory: Path)
         drain(consumer, 50)
         region = broker.region
         wait_until(lambda: region.get("dispatched") == region.get("tail"), "the queue in its file")
-    wait_until(lambda: not processes_of(directory), "the broker gone")
+    wait_gone(directory)
     paths = BrokerPaths(directory)
     shutil.rmtree(paths.log)
     shutil.rmtree(paths.run)
@@ -213,6 +213,6 @@ def test_what_stands_only_in_memory_survives_the_loss_of_a_part_of_the_directory
         memory = objects(directory)
         assert broker.region.get("flushed") < broker.region.get("tail")
         shutil.rmtree(BrokerPaths(directory).run, ignore_errors=True)
-        wait_gone(*memory)
+        wait_unlinked(*memory)
         assert sorted(drain(consumer, 50)) == sorted(numbered(50))
         assert supervisor_of(directory) > 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import objects_of
 from support.consuming import ALL, drain, numbered, send
-from support.processes import SMALL, processes_of, stop_broker, wait_for_workers
+from support.processes import SMALL, stop_broker, wait_for_workers, wait_gone
 from support.waiting import wait_until
 
 import shmbroker
@@ -30,7 +30,7 @@ def test_a_removed_directory_ends_the_broker_and_leaves_no_memory(directory: Pat
         assert len(objects) == 2
         wait_until(lambda: _is_removed(directory), "the directory removed, whatever the workers put into it meanwhile")
         wait_until(lambda: not any((SHM / name).exists() for name in objects), "no memory left", deadline=2.0)
-        wait_until(lambda: not processes_of(directory), "no process left")
+        wait_gone(directory)
         with pytest.raises(shmbroker.BrokerClosed, match="was removed or moved while it was open"):
             producer.send(shmbroker.Message("orders", b"nowhere"))
     assert not directory.exists()
@@ -46,12 +46,12 @@ def test_a_moved_directory_keeps_its_memory_and_its_clients_for_who_opens_it_the
         wait_for_workers(directory)
         assert broker.region.get("flushed") < broker.region.get("tail")
         directory.rename(moved)
-        wait_until(lambda: not processes_of(directory), "no process left")
+        wait_gone(directory)
         with shmbroker.open(moved) as there, there.simple_consumer("audit", ALL) as consumer:
             assert drain(consumer, 50) == numbered(50)
             producer.send(shmbroker.Message("orders", b"into the same memory"))
             assert drain(consumer, 1) == [b"into the same memory"]
-    wait_until(lambda: not processes_of(moved), "the broker gone")
+    wait_gone(moved)
     assert objects_of(moved) == []
     assert not directory.exists()
 

@@ -58,6 +58,25 @@ MEMBER = """
 """
 
 
+# A member that claims a message for 0.2 s, and is stopped on the way, or when it gives it back. Says when that was due.
+HOLDER = """
+    import sys, time, shmbroker
+    from shmbroker._native._core import failpoint_arm
+    broker = shmbroker.open(sys.argv[1])
+    consumer = broker.simple_consumer("audit", {"orders": "*"})
+    broker.producer("test").send(shmbroker.Message("orders", b"work"), queue_id=0)
+    if sys.argv[2] == "claim.taken":
+        failpoint_arm(sys.argv[2], "stop", 1)
+    print(time.monotonic_ns() + 200_000_000)
+    (message,) = consumer.receive(invisible=0.2 if sys.argv[2] == "claim.taken" else 60.0)
+    print("held")
+    sys.stdin.readline()
+    failpoint_arm(sys.argv[2], "stop", 1)
+    print(time.monotonic_ns())
+    consumer.change_invisible_duration(message, 0)
+"""
+
+
 @pytest.mark.parametrize("action", ["kill", "stop"])
 @pytest.mark.parametrize(
     ("failpoint", "settings"),
@@ -109,6 +128,36 @@ def test_a_member_gone_between_wake_up_and_claim_delays_no_other(tmp_path: Path,
             wait_until(lambda: is_gone(member.pid, action), f"the member {action}ed")
         wait_until(lambda: not sleepers(broker), "its wait slot taken back")
         assert bodies_of(messages) == [b"work"]
+        return (received - began) / 1e9
+
+    two_of_five_keep_the_promise(tmp_path / "b", {}, attempt)
+
+
+def test_a_claim_whose_holder_is_stopped_before_it_says_until_when_is_over_in_time(tmp_path: Path) -> None:
+    def attempt(broker: Broker, waiting: Waiting) -> float:
+        with Child(HOLDER, broker.directory, "claim.taken") as holder:
+            due = int(holder.read_line())
+            wait_until(lambda: is_gone(holder.pid, "stop"), "the holder stopped")
+            waiting.begin()
+            messages, received = waiting.end()
+        assert [(message.body, message.delivery_attempt) for message in messages] == [(b"work", 2)]
+        return (received - due) / 1e9
+
+    two_of_five_keep_the_promise(tmp_path / "b", {}, attempt)
+
+
+def test_a_message_given_back_by_one_that_is_stopped_before_it_says_so_reaches_a_member_that_waits(
+    tmp_path: Path,
+) -> None:
+    def attempt(broker: Broker, waiting: Waiting) -> float:
+        with Child(HOLDER, broker.directory, "claim.freed") as holder:
+            assert [holder.read_line(), holder.read_line()][1] == "held"
+            waiting.begin()
+            holder.write_line()
+            began = int(holder.read_line())
+            messages, received = waiting.end()
+            wait_until(lambda: is_gone(holder.pid, "stop"), "the holder stopped")
+        assert [(message.body, message.delivery_attempt) for message in messages] == [(b"work", 2)]
         return (received - began) / 1e9
 
     two_of_five_keep_the_promise(tmp_path / "b", {}, attempt)

@@ -72,14 +72,10 @@ def backup(session: Session, target: Path) -> int:
     sync_directory(target.resolve().parent)
     answer = {"target": str(target), "first": copied.first, "end": copied.end, "messages": verdict}
     answer["from_memory"] = copied.from_memory
-    if session.json:
-        console.print_json(answer)
-    else:
-        click.echo(f"{target}: {console.size(copied.end - copied.first)} of log, {verdict:,} messages, verified")
-        if copied.from_memory:
-            click.echo(
-                f"the store is read-only: its last {console.size(copied.from_memory)} come from memory", err=True
-            )
+    if copied.from_memory and not session.json:
+        click.echo(f"the store is read-only: its last {console.size(copied.from_memory)} come from memory", err=True)
+    size = console.size(copied.end - copied.first)
+    console.print_done(session, f"{target}: {size} of log, {verdict:,} messages, verified", answer)
     return ExitCode.OK
 
 

@@ -159,7 +159,10 @@ def _sustained(bench: Bench, body_bytes: int, total: int) -> tuple[float, float]
             wait_until(lambda: region.get("flushed") >= last.end_position, "the last flush")
             return sent_bytes / (time.perf_counter() - begin)
 
-        return alternate(bench.repeats - 2, lambda: bench.floors.sequential_write(MIB, total, ring_bytes=RING_BYTES), figure)
+        def floor() -> float:
+            return bench.floors.sequential_write(MIB, total, ring_bytes=RING_BYTES)
+
+        return alternate(bench.repeats - 2, floor, figure)
 
 
 def end_to_end(bench: Bench) -> Results:

@@ -256,6 +256,14 @@ def memory(bench: Bench) -> Results:
 
 
 def private_bytes(region: Region) -> dict[str, int]:
-    """Unshared bytes of this process and of each worker, by role: the ring, mapped by all, is not theirs."""
+    """Anonymous memory of this process and of each worker, by role.
+
+    The ring is mapped by all of them, and mapped pages of files (the key index) are the kernel's to take back.
+    """
     pids = {"client": os.getpid()} | inside.worker_pids(region)
-    return {role: psutil.Process(pid).memory_full_info().uss for role, pid in pids.items()}
+    return {role: _anonymous_bytes(pid) for role, pid in pids.items()}
+
+
+def _anonymous_bytes(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:"))

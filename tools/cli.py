@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
-from shmbroker.errors import ShmBrokerError
+from shmbroker.errors import ConfigError, ShmBrokerError
 from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
-from shmbroker.tools.session import Failure, common_options
+from shmbroker.tools.session import ENVIRONMENT_KEY, Failure, common_options
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -69,18 +69,33 @@ class _Commands(click.Group):
 )
 @common_options
 @click.version_option(package_name="shmbroker")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """A durable message broker for the processes of one host.
 
     Producers and consumers share a ring in memory; a flusher keeps it on disk. All commands work on one DIRECTORY.
     `serve`, `send` and `topic create` make it; the others want one that is there. Commands that need the workers start
     them if nobody has.
     """
+    _check_environment(of_worker=context.invoked_subcommand in ("serve", "worker"))
+
+
+def _check_environment(*, of_worker: bool) -> None:
+    """Refuse a variable of ours that nobody knows, before a command works on another directory than was meant."""
+    if not any(name.startswith("SHMBROKER_") and name != ENVIRONMENT_KEY for name in os.environ):
+        return  # the common case: reading the settings costs 8 ms
+    from shmbroker.config import read_environment
+
+    try:
+        read_environment()
+    except ConfigError as error:
+        raise Failure(str(error), os.EX_CONFIG if of_worker else ExitCode.USAGE) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run a command, say in one line what went wrong, leave with a named exit code."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    _open_closed_streams()
     sys.stdout = _guarded(sys.stdout)
     sys.exit(_run(arguments))
 
@@ -120,6 +135,21 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _raise_terminated(_signum: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the clean-up short
     raise Terminated
+
+
+def _open_closed_streams() -> None:
+    """What was closed by our caller (``>&-``) is /dev/null: else the next file that is opened would get its number.
+
+    Standard output so that it cannot be written to: an answer must not be lost unnoticed.
+    """
+    for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, flags), True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 class _Stdout(io.FileIO):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Failure
+from shmbroker.tools.session import Failure, Session
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 def print_json(value: Any) -> None:
     """One JSON document; what JSON does not know (paths, enums) as text."""
     click.echo(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+@contextmanager
+def done(what: str) -> Iterator[None]:
+    """Around the answer of a command that has changed something: ``what`` stands, also if stdout cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read our output wants no answer
+        pass
+    except Failure as failure:
+        raise Failure(f"{failure}; done all the same: {what}", failure.code) from failure
+
+
+def print_done(session: Session, what: str, answer: dict[str, Any]) -> None:
+    """The answer of a command that has changed something: a line for people, or JSON."""
+    with done(what):
+        if session.json:
+            print_json(answer)
+        else:
+            click.echo(what)
 
 
 def size(count: float) -> str:

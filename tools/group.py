@@ -67,6 +67,7 @@ def show(session: Session, name: str) -> None:
             "subscription",
             ", ".join(f"{topic}: {tags}" for topic, tags in lag["subscription"].items()) or "no live member",
         ),
+        *(("not subscribed any more", _waiting(topic, count)) for topic, count in _unsubscribed(lag).items()),
         ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),
         ("in flight", f"{lag['in_flight']:,}"),
         ("log held back", console.size(lag["held_back_bytes"])),
@@ -81,7 +82,7 @@ def show(session: Session, name: str) -> None:
         ["topic", ">queue", ">done to", ">next", ">lag", ">bytes", ">oldest", ">in flight", "oldest unacknowledged"],
         [
             (
-                queue["topic"],
+                queue["topic"] if queue["subscribed"] is not False else f"{queue['topic']} (not subscribed)",
                 queue["queue_id"],
                 f"{queue['base']:,}",
                 f"{queue['next_offset']:,}",
@@ -117,10 +118,8 @@ def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags:
     subscription = dict(zip(topics, expressions, strict=True))
     with session.open() as broker:
         broker.set_subscription(name, subscription)
-    if session.json:
-        console.print_json({"group": name, "subscription": subscription})
-    else:
-        click.echo(f"{name} subscribes to {', '.join(f'{topic}: {tags}' for topic, tags in subscription.items())} now")
+    wanted = ", ".join(f"{topic}: {tags}" for topic, tags in subscription.items())
+    console.print_done(session, f"{name} subscribes to {wanted} now", {"group": name, "subscription": subscription})
 
 
 @group.command()
@@ -140,10 +139,20 @@ def delete(session: Session, name: str, yes: bool) -> None:
         (found,) = _chosen(brief(broker.region), name)
         console.confirm(f"Delete group {name}, which has {found['lag_messages']:,} messages to come?", yes)
         broker.delete_group(name)
-    if session.json:
-        console.print_json({"group": name, "result": "deleted"})
-    else:
-        click.echo(f"deleted {name}")
+    console.print_done(session, f"deleted {name}", {"group": name, "result": "deleted"})
+
+
+def _unsubscribed(lag: dict[str, Any]) -> dict[str, int]:
+    """Topics that the group has consumed and does not subscribe to now, with the messages that wait in them."""
+    waiting: dict[str, int] = {}
+    for queue in lag["queues"]:
+        if queue["subscribed"] is False:
+            waiting[queue["topic"]] = waiting.get(queue["topic"], 0) + queue["lag_messages"]
+    return waiting
+
+
+def _waiting(topic: str, count: int) -> str:
+    return f"{topic}: {count:,} messages wait and keep their log until a member subscribes to it" if count else topic
 
 
 def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -84,6 +84,8 @@ def _group(
     tail: int,
 ) -> dict[str, Any]:
     queues = [_queue(table, clients, messages) for table in tables]
+    for queue in queues:  # None: nobody knows, since no member came yet and no subscription was set
+        queue["subscribed"] = queue["topic"] in subscription if subscription else None
     floor = min((queue["position"] for queue in queues if queue["position"] is not None), default=tail)
     return {
         "group": name,

@@ -104,15 +104,18 @@ def clean(session: Session, names: tuple[str, ...], lose_unflushed: bool) -> int
             outcome = _remove(memory.name, lose_unflushed)
             if outcome is not None:
                 (removed if outcome else kept).append(memory.name)
-    if session.json:
-        console.print_json({"removed": removed, "kept": kept})
-    else:
-        click.echo(f"removed {len(removed)}")
-        for name in kept:
-            click.echo(
-                f"kept {name}: it may hold what is not on the disk; open its directory once, or --lose-unflushed"
-            )
+    with console.done(f"removed {len(removed)}, kept {len(kept)}"):
+        if session.json:
+            console.print_json({"removed": removed, "kept": kept})
+        else:
+            _print_cleaned(removed, kept)
     return ExitCode.FINDING if kept else ExitCode.OK
+
+
+def _print_cleaned(removed: list[str], kept: list[str]) -> None:
+    click.echo(f"removed {len(removed)}")
+    for name in kept:
+        click.echo(f"kept {name}: it may hold what is not on the disk; open its directory once, or --lose-unflushed")
 
 
 def memories() -> list[Memory]:

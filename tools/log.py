@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 REBUILT: Final = "rebuilt.tmp"  # beside the live files, on the same file system
 DIFFERENCES_SHOWN: Final = 20
+_TAKEN: Final = "the rebuilt files have taken the place of the live ones"
 
 
 @click.group()
@@ -192,7 +193,8 @@ def rebuild(session: Session, replace: bool) -> int:
         raise Failure("there is nothing to compare with; --replace makes it from the log", ExitCode.FINDING)
     with _stopped(session) if replace else nullcontext():
         found, rebuilt = _rebuild(session, derived=derived, replace=replace)
-    _report_rebuilt(session, rebuilt, found, replaced=replace)
+    with console.done(_TAKEN) if replace else nullcontext():
+        _report_rebuilt(session, rebuilt, found, replaced=replace)
     return ExitCode.FINDING if found and not replace else ExitCode.OK
 
 
@@ -255,7 +257,7 @@ def _report_rebuilt(session: Session, rebuilt: Rebuilt, found: list[dict[str, An
         return
     rows = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
     console.table("", ["rebuilt", ""], [*rows, ("differences", f"{len(found):,}")])
-    click.echo("the rebuilt files have taken the place of the live ones" if replaced else "nothing was changed")
+    click.echo(_TAKEN if replaced else "nothing was changed")
     for difference in found[:DIFFERENCES_SHOWN]:
         click.secho(f"! {difference['what']}: live {difference['live']}, log says {difference['rebuilt']}", fg="red")
     if len(found) > DIFFERENCES_SHOWN:
@@ -298,8 +300,6 @@ def repair(session: Session, yes: bool) -> int:
         checkpoints = CheckpointFile(paths.checkpoint)
         end = recovery.repair(place, checkpoints).end
         checkpoints.close()
-    if session.json:
-        console.print_json({"end": end, "lost_bytes": lost})
-    else:
-        click.echo(f"cut at position {end:,}; what was behind it is in {paths.log}/*{recovery.BROKEN}")
+    cut = f"cut at position {end:,}; what was behind it is in {paths.log}/*{recovery.BROKEN}"
+    console.print_done(session, cut, {"end": end, "lost_bytes": lost})
     return ExitCode.OK

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -16,7 +17,7 @@ from shmbroker.errors import ShmBrokerError
 from shmbroker.naming import check_group, check_topic
 from shmbroker.tools import console
 from shmbroker.tools.exit_codes import ExitCode
-from shmbroker.tools.session import Session, common_options, pass_session
+from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 if TYPE_CHECKING:
     from shmbroker.producer import Producer
@@ -65,6 +66,7 @@ def send(
     chunks = lines.chunks(batch)
     first = next(chunks, None)
     if first is None:
+        session.check_place()
         _report(session, statuses, lines, 0.0)
         return ExitCode.OK
     settings = {"flush_disk_type": "SYNC_FLUSH"} if sync else {}
@@ -75,14 +77,18 @@ def send(
                 for chunk in chain([first], chunks):
                     statuses[_send(producer, topic, chunk, tag, keys)] += len(chunk)
                     advance(sum(map(len, chunk)) + len(chunk))
-        except ShmBrokerError as error:
-            error.add_note(f"Stopped behind line {lines.done(statuses.total())}; what stands before it was sent.")
-            raise
-        except BaseException:  # Ctrl-C, SIGTERM
+        except BaseException as error:  # Ctrl-C and SIGTERM, too: whoever is interrupted wants to know how far it came
             done = lines.done(statuses.total())
-            click.echo(f"stopped behind line {done}: all before is sent, of the next {batch} it is unknown", err=True)
+            if isinstance(error, ShmBrokerError):
+                error.add_note(f"Stopped behind line {done}; what stands before it was sent.")
+            else:
+                unknown = f"of the next {batch} it is unknown"
+                click.echo(f"stopped behind line {done}: all before is sent, {unknown}", err=True)
+            with suppress(Failure, BrokenPipeError):  # what stopped us is the answer, whoever can read this one
+                _report(session, statuses, lines, time.monotonic() - started)
             raise
-        finally:  # whoever is interrupted wants to know how far it came
+        stored = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
+        with console.done(f"{statuses.total():,} messages stored ({stored})"):
             _report(session, statuses, lines, time.monotonic() - started)
     return ExitCode.OK if set(statuses) <= {"SEND_OK"} else ExitCode.FINDING
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -25,7 +26,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Failure(Exception):
     """A command ends with one line on stderr and a named exit code."""
 
-    def __init__(self, message: str, code: ExitCode) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
@@ -57,6 +58,23 @@ class Session:
                 ExitCode.NOT_SERVED,
             )
         return paths
+
+    def check_place(self) -> None:
+        """A broker's directory, or a place where one can be made; nothing is left there. Raises ShmBrokerError."""
+        from shmbroker import access
+
+        paths = self.paths
+        try:
+            if paths.log.is_dir():
+                return
+            place = paths.directory
+            while not place.exists():
+                place = place.parent
+            attempt = place / f".shmbroker-{os.getpid()}"
+            attempt.mkdir(mode=0o700)
+            attempt.rmdir()
+        except OSError as error:
+            raise access.explained(OSError(error.errno, error.strerror), paths) from error
 
     def open(self, *, create: bool = False, **settings: Any) -> Broker:
         """Open the broker, starting its workers if nobody has. ``create``: make the directory if there is none."""

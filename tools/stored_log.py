@@ -16,7 +16,7 @@ from shmbroker._native._core import RECORD_ALIGN_BYTES
 from shmbroker.naming import BrokerPaths, segment_name
 from shmbroker.record import RecordKind, TopicBody
 from shmbroker.store.checkpoint import CheckpointFile
-from shmbroker.store.commit_log import WINDOW_BYTES, LogReader
+from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, SegmentError, SegmentHeader, list_segments
 from shmbroker.tools.exit_codes import ExitCode
@@ -25,7 +25,6 @@ from shmbroker.tools.session import Failure
 if TYPE_CHECKING:
     from shmbroker._native._core import Record, Region
 
-_EPOCH_MAX: Final = 2**32 - 1
 _RECORDS_PER_SCAN: Final = 4096
 
 
@@ -115,7 +114,8 @@ class StoredLog:
 
     def align(self, position: int) -> int:
         """The first place at or after ``position`` where a valid record begins; the limit if there is none."""
-        found = self._next_valid(-(-max(position, self.first) // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES)
+        place = -(-max(position, self.first) // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES
+        found = self.reader.find(place, self.limit)
         return found if found is not None else self.limit
 
     def topic_ids(self, name: str) -> set[int]:
@@ -126,7 +126,7 @@ class StoredLog:
             epoch = self._epoch_at(position)
             if epoch:
                 position = self._collect_topic_ids(name, position, epoch, found)
-            following = self._next_valid(position)  # behind a damaged place, if that is why it ended here
+            following = self.reader.find(position, self.limit)  # behind a damaged place, if that is why it ended here
             if following is None:
                 break
             position = following
@@ -149,7 +149,7 @@ class StoredLog:
                 position = self._walk(verdict, position, epoch, advance)
             if position >= self.limit:
                 break
-            following = self._next_valid(position)
+            following = self.reader.find(position, self.limit)
             if following is None or not self._was_durable(position):
                 break
             verdict.damages.append(self._damage(position, following, "no valid record"))
@@ -206,24 +206,9 @@ class StoredLog:
         except ValueError:
             return 0
 
-    def _next_valid(self, position: int, flushed_above: int = -1) -> int | None:
-        """Where the next valid record begins; with ``flushed_above``, the next whose writer knew more to be durable."""
-        while position < self.limit:
-            data = self.reader.window(position, self.limit)
-            left = self.segment_bytes - position % self.segment_bytes
-            if not data:  # no segment, or one whose header does not hold
-                position += left
-                continue
-            found = _core.find_record(data, position, self.segment_bytes, 1, _EPOCH_MAX, flushed_above)
-            if found is not None:
-                return found[0]
-            # A record may begin in this window and end behind it, so the next window overlaps this one.
-            position += len(data) if len(data) in (left, self.limit - position) else WINDOW_BYTES // 2
-        return None
-
     def _was_durable(self, hole: int) -> bool:
         """True if the place is known to have been on the disk: a torn write cannot explain a hole there (R1)."""
-        return hole < self.durable or self._next_valid(hole, flushed_above=hole) is not None
+        return hole < self.durable or self.reader.find(hole, self.limit, flushed_above=hole) is not None
 
     def _verify_headers(self, verdict: Verdict) -> None:
         for base, following in zip(self.bases, [*self.bases[1:], None], strict=True):

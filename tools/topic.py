@@ -44,7 +44,7 @@ def create(session: Session, name: str, queues: int | None, permission: str) -> 
     check_topic(name)  # before a broker is made for it
     with session.open(create=True) as broker:
         broker.create_topic(name, queues=queues, permission=permission)
-    _done(session, "created", name)
+    console.print_done(session, f"created {name}", {"topic": name, "result": "created"})
 
 
 @topic.command(name="list")
@@ -64,7 +64,7 @@ def list_topics(session: Session) -> None:
         return
     console.table(
         "",
-        ["topic", ">queues", "permission", ">messages kept", ">messages ever", ">bytes since broker start"],
+        ["topic", ">queues", "permission", ">messages kept", ">messages ever"],
         [
             (
                 entry["name"],
@@ -72,7 +72,6 @@ def list_topics(session: Session) -> None:
                 entry["permission"],
                 f"{entry['kept']:,}",
                 f"{entry['sent']:,}",
-                console.size(entry["bytes_since_start"]),
             )
             for entry in sorted(topics, key=lambda entry: str(entry["name"]))
         ],
@@ -110,7 +109,7 @@ def alter(session: Session, name: str, queues: int | None, permission: str | Non
         raise click.UsageError("name what to alter: --queues or --permission")
     with session.open() as broker:
         broker.alter_topic(name, queues=queues, permission=permission)
-    _done(session, "altered", name)
+    console.print_done(session, f"altered {name}", {"topic": name, "result": "altered"})
 
 
 @topic.command()
@@ -129,11 +128,4 @@ def delete(session: Session, name: str, yes: bool) -> None:
             raise TopicNotExist(f"topic {name!r} does not exist")
         console.confirm(f"Delete {name} and all its messages?", yes)
         broker.delete_topic(name)
-    _done(session, "deleted", name)
-
-
-def _done(session: Session, what: str, name: str) -> None:
-    if session.json:
-        console.print_json({"topic": name, "result": what})
-    else:
-        click.echo(f"{what} {name}")
+    console.print_done(session, f"deleted {name}", {"topic": name, "result": "deleted"})

@@ -86,10 +86,8 @@ class Flusher:
                     self._pause()
             while not self._read_only and self._region.get("tail") > self._position:
                 self._housekeeping()
-                if not self._flush(self._region.get("tail")):
-                    if self._worker.orphaned:
-                        break
-                    time.sleep(NO_SPACE_PAUSE)
+                if not self._flush(self._region.get("tail")) and self._worker.orphaned:
+                    break
         finally:
             self._pool.stop()
             self._log.close()
@@ -115,7 +113,8 @@ class Flusher:
             self._log.write(self._view[start : start + end - position], position)
             self._log.sync()
         except StoreFull:
-            return False  # the pool goes on looking for room
+            time.sleep(NO_SPACE_PAUSE)  # the pool goes on looking for room
+            return False
         except StoreReadOnly as error:
             self._latch(error)
             return False
@@ -130,7 +129,8 @@ class Flusher:
     def _end_of_step(self, tail: int) -> int:
         """About STEP_BYTES away, and behind whole groups: whatever was once the tail ends a group."""
         reach = self._position + STEP_BYTES
-        self._tails.append(tail)
+        if not self._tails or self._tails[-1] != tail:
+            self._tails.append(tail)
         end = 0
         while self._tails and self._tails[0] <= (reach if end else reach + STEP_BYTES):
             end = self._tails.popleft()

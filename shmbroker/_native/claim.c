@@ -349,6 +349,7 @@ static int give_back(sb_region *r, uint32_t table, uint64_t offset, uint64_t rec
     uint64_t freed = sb_claim_word(SB_CLAIM_FREE, 0, attempts, sb_claim_generation(receipt), lap);
     int code = change(r, table, offset, receipt, slot, freed, &place);
     if (code == SB_OK) {
+        SB_FAILPOINT(claim_freed); /* nobody looks for it until the janitor has seen it */
         sb_store(&sb_claims_at(r, table)->released, 1);
     }
     return code;

@@ -160,6 +160,8 @@ uint32_t sb_claims_reap(sb_region *r, uint32_t table, uint32_t slot, uint32_t *u
 uint32_t sb_claims_expire(sb_region *r, uint32_t table, uint32_t now_ms, int thorough, uint32_t *next_ms);
 /* Something claimable that was claimed before: FREE words below next, or overflow entries. For the wake-up backstop. */
 int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms);
+/* A message that was never claimed, and the window has room for it. Of a live table with a queue. */
+int sb_claims_has_fresh(const sb_region *r, uint32_t table);
 
 /* Progress (R14): the state of a table as runs of consecutive offsets, sorted; layout.h draws them. Unacked offsets are
  * named below the base (overflow) and, if they were ever delivered, above it. Returns how many runs there are; writes at

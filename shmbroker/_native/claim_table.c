@@ -301,7 +301,13 @@ int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
     if (!sb_claims_is_live(sb_load(&c->state)) || c->queue_slot >= r->limits.queues) {
         return 0;
     }
-    uint64_t next = sb_claim_next(r, table), base = sb_load(&c->base), hint = sb_load(&c->deadline_ms);
-    return sb_load(&c->released) || (hint && (int32_t)(now_ms - (uint32_t)hint) >= 0) ||
-           (next < sb_load(&sb_queue_at(r, c->queue_slot)->next_offset) && next - base < r->limits.claim_window);
+    uint64_t hint = sb_load(&c->deadline_ms);
+    return sb_load(&c->released) || (hint && (int32_t)(now_ms - (uint32_t)hint) >= 0) || sb_claims_has_fresh(r, table);
+}
+
+int sb_claims_has_fresh(const sb_region *r, uint32_t table)
+{
+    const sb_claims *c = sb_claims_at(r, table);
+    uint64_t next = sb_claim_next(r, table), base = sb_load(&c->base);
+    return next < sb_load(&sb_queue_at(r, c->queue_slot)->next_offset) && next - base < r->limits.claim_window;
 }

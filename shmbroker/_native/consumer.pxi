@@ -45,20 +45,22 @@ cdef class ConsumerCore(_Member):
 
     # -- receive
 
-    def receive(self, Py_ssize_t max_messages=1, double wait=0.0, double invisible=60.0):
+    def receive(self, max_messages=1, wait=0.0, invisible=60.0):
+        cdef Py_ssize_t room = count_of(max_messages, "max_messages")
+        cdef double wait_seconds = seconds_of(wait, "wait"), invisible_seconds = seconds_of(invisible, "invisible")
         cdef uint32_t invisible_ms
-        if max_messages < 1 or not wait >= 0.0 or not 0.001 <= invisible <= INVISIBLE_MAX:
+        if room < 1 or not wait_seconds >= 0.0 or not 0.001 <= invisible_seconds <= INVISIBLE_MAX:
             raise _errors.BadRequest(
                 f"receive(max_messages={max_messages}, wait={wait}, invisible={invisible}): at least one message, "
                 "no negative wait, and an invisible time from 0.001 to 43200 seconds")
-        invisible_ms = <uint32_t>(invisible * 1000.0)
+        invisible_ms = <uint32_t>(invisible_seconds * 1000.0)
         try:
-            return self.deliver_within(wait, max_messages, invisible_ms)
+            return self.deliver_within(wait_seconds, room, invisible_ms)
         except _errors.BrokerClosed:
             if self.shut:
                 raise
         self._reattach()
-        return self.deliver_within(0.0, max_messages, invisible_ms)
+        return self.deliver_within(0.0, room, invisible_ms)
 
     cdef list deliver_within(self, double wait, Py_ssize_t room, uint32_t invisible_ms):
         cdef uint32_t claimed_ms = invisible_ms + self.attempts_ms
@@ -82,8 +84,10 @@ cdef class ConsumerCore(_Member):
             give_back(out)
             raise
         deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), invisible_ms)
-        for message in out:  # whose claim is over by now, since this process was stopped meanwhile, is another's
-            if self.decide(&client.region.r, message, True, deadline_ms) == SB_OK:
+        # Left out is what is not this consumer's any more: its claim is over, since this process was stopped meanwhile, or
+        # an append decides about it. That one is not waited for: the time of all the others has begun.
+        for message in out:
+            if self.change(&client.region.r, message, True, deadline_ms) == SB_OK:
                 kept.append(message)
         return kept
 
@@ -204,28 +208,32 @@ cdef class ConsumerCore(_Member):
 
     # -- ack
 
-    cdef int decide(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
-        """Ack or renew by receipt. SB_OK or SB_GONE."""
+    cdef inline int change(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
+        """Ack or renew by receipt. SB_OK, SB_GONE, or SB_AGAIN: an append that decides about this claim is in the middle."""
         cdef const sb_record *h = message.header()
         cdef _Source source = message.source
         cdef sb_claim renewed
-        cdef int code = SB_AGAIN, tries = 0
+        cdef int code
         if source.client is not self.client or not source.is_current(r):
             return SB_GONE
+        if not renew:
+            return sb_claim_ack(r, source.table, h.queue_offset, message.receipt, self.client.slot)
         renewed.word = 0
-        while code == SB_AGAIN:
-            if renew:
-                code = sb_claim_renew(r, source.table, h.queue_offset, message.receipt, self.client.slot, deadline_ms, &renewed)
-            else:
-                code = sb_claim_ack(r, source.table, h.queue_offset, message.receipt, self.client.slot)
-            if code == SB_AGAIN:  # an append that decides about this claim was stopped in the middle
-                tries += 1
-                if tries > 1000:
-                    raise _errors.BrokerBusy(f"{message!r} is being moved by a process that does not go on. Nothing was changed")
-                with nogil:
-                    usleep(1000)
-        if code == SB_OK and renew:
+        code = sb_claim_renew(r, source.table, h.queue_offset, message.receipt, self.client.slot, deadline_ms, &renewed)
+        if code == SB_OK:
             message.receipt = renewed.word
+        return code
+
+    cdef int decide(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
+        """The same, to its end. SB_OK or SB_GONE."""
+        cdef int code = self.change(r, message, renew, deadline_ms), tries = 0
+        while code == SB_AGAIN:  # whoever is in the middle was stopped there
+            tries += 1
+            if tries > 1000:
+                raise _errors.BrokerBusy(f"{message!r} is being moved by a process that does not go on. Nothing was changed")
+            with nogil:
+                usleep(1000)
+            code = self.change(r, message, renew, deadline_ms)
         return code
 
     cdef int still_recorded(self, sb_region *r, str doing) except -1:
@@ -248,8 +256,8 @@ cdef class ConsumerCore(_Member):
         cdef list expired = None
         if self.shut:
             raise _errors.BrokerClosed("this consumer was closed")
-        if written and type(messages) is not ReceivedMessage:
-            messages = list(messages)
+        if type(messages) is not ReceivedMessage and (written or type(messages) is not list):
+            messages = listed(messages, "one message that receive() returned, or an iterable of them")
         if type(messages) is ReceivedMessage:
             message = <ReceivedMessage>messages
             source = message.source
@@ -258,8 +266,11 @@ cdef class ConsumerCore(_Member):
             else:
                 expired = [message]
         else:
-            for entry in messages:
-                message = <ReceivedMessage?>entry
+            for entry in <list>messages:
+                if type(entry) is not ReceivedMessage:
+                    self.acked(r, source, count)
+                    raise _rules.not_received(entry)
+                message = <ReceivedMessage>entry
                 if message.source is not source:
                     self.acked(r, source, count)
                     source = message.source
@@ -295,20 +306,23 @@ cdef class ConsumerCore(_Member):
             sb_add(&sb_client_at(r, self.client.slot).acks, count)
         return 0
 
-    def change_invisible_duration(self, ReceivedMessage message not None, double seconds):
+    def change_invisible_duration(self, message, seconds):
         cdef sb_region *r = self.client.check()
         cdef uint32_t deadline_ms = 0
+        cdef double left = seconds_of(seconds, "seconds")
+        if type(message) is not ReceivedMessage:
+            raise _rules.not_received(message)
         if self.shut:
             raise _errors.BrokerClosed("this consumer was closed")
-        if not 0.0 <= seconds <= INVISIBLE_MAX:
+        if not 0.0 <= left <= INVISIBLE_MAX:
             raise _errors.BadRequest(f"an invisible time of {seconds} seconds: from 0 (available at once) to 43200")
-        if seconds > 0.0:
-            deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), <uint32_t>(seconds * 1000.0))
-        if self.decide(r, message, True, deadline_ms) != SB_OK:
+        if left > 0.0:
+            deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), <uint32_t>(left * 1000.0))
+        if self.decide(r, <ReceivedMessage>message, True, deadline_ms) != SB_OK:
             raise expired_error("change of the invisible duration", [message])
         self.still_recorded(r, "changing the invisible duration")
         if deadline_ms == 0:
-            sb_wake_group(r, message.source.topic_slot, message.source.group_slot)
+            sb_wake_group(r, (<ReceivedMessage>message).source.topic_slot, (<ReceivedMessage>message).source.group_slot)
 
 
 cdef object expired_error(str doing, list messages):

@@ -20,6 +20,7 @@
     X(claim_chosen, "claim.chosen")               /* word looked at, not changed */                                   \
     X(claim_taken, "claim.taken")                 /* word HELD, caller not told */                                    \
     X(claim_started, "claim.started")             /* prefetched word HELD with a deadline, listener not called */        \
+    X(claim_freed, "claim.freed")                 /* word FREE, hint not up */                                        \
     X(claim_acked, "claim.acked")                 /* word ACKED, base not moved */                                    \
     X(claim_pending, "claim.pending")             /* pending_base stored */                                           \
     X(claim_half_reset, "claim.half_reset")       /* some words reset, base old */                                    \

@@ -7,7 +7,7 @@
 #include "membership.h"
 #include "wait.h"
 
-#define TURNS 50u /* passes until every claim was looked at, whatever the hints say: a second's worth of ticks */
+#define TURNS 50u /* passes until every table was looked at, whatever it looks like: a second's worth of ticks */
 
 static uint64_t client_word(uint32_t pid, uint32_t generation, uint32_t state)
 {
@@ -135,11 +135,15 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expi
         if (!sb_claims_is_live(life) || claims->queue_slot >= r->limits.queues) {
             continue;
         }
-        const int thorough = i % TURNS == turn % TURNS;
-        if (thorough && is_orphan(r, claims)) {
+        const int its_turn = i % TURNS == turn % TURNS;
+        if (its_turn && is_orphan(r, claims)) {
             sb_claims_give_up(claims, life); /* who deleted its topic or group died before it came to this */
             continue;
         }
+        /* Who released or took a claim may have been stopped before it put up the hint. Where members find nothing fresh they
+         * wait for just that, and little is in flight: looked at in every pass (R6). The others' windows are full of messages
+         * that need no look, and their members have work. */
+        const int thorough = its_turn || !sb_claims_has_fresh(r, i);
         uint32_t next = SB_NIL;
         *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), thorough, &next);
         *next_ms = next < *next_ms ? next : *next_ms;

@@ -432,7 +432,11 @@ _Static_assert(offsetof(sb_record, group_bytes) == 64 && offsetof(sb_record, att
 _Static_assert(sizeof(sb_header) == 256, "frozen header");
 _Static_assert(sizeof(sb_word) == 8 && sizeof(sb_half) == 4, "atomics are plain words");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "atomics must work between processes");
+#if defined(__aarch64__)
+_Static_assert(sizeof(sem_t) == 32 && sizeof(pthread_mutex_t) == 48, "glibc, 64 bit");
+#else
 _Static_assert(sizeof(sem_t) == 32 && sizeof(pthread_mutex_t) == 40, "glibc, 64 bit");
+#endif
 _Static_assert(sizeof(sb_worker) == 128 && sizeof(sb_waiter) == 128 && sizeof(sb_queue) == 128, "one slot, one pair of lines");
 _Static_assert(sizeof(sb_client) == 128 + 16 * SB_ID_WINDOW, "client slot");
 _Static_assert(sizeof(sb_topic) % SB_LINE == 0 && sizeof(sb_group) % SB_LINE == 0, "tables stay aligned");

@@ -3,10 +3,34 @@
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 
 from shmbroker import message as _rules
+from shmbroker import naming as _naming
 from shmbroker.status import SendStatus as _SendStatus
 
 cdef object SEND_OK = _SendStatus.SEND_OK
 cdef object FLUSH_DISK_TIMEOUT = _SendStatus.FLUSH_DISK_TIMEOUT
+
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
+    const uint8_t *PyUnicode_1BYTE_DATA(object text)
+
+cdef bytes IN_NAMES = bytes(_naming.is_in_names(chr(c)) for c in range(128))
+cdef Py_ssize_t TOPIC_LENGTH_MAX = _naming.TOPIC_LENGTH_MAX
+
+
+cdef inline bint is_plain_topic(topic) noexcept:
+    """True: no need to ask ``naming.check_topic``, the one who knows. A look at each byte costs a Message some nanoseconds."""
+    cdef const uint8_t *allowed = <const uint8_t *>PyBytes_AS_STRING(IN_NAMES)
+    cdef const uint8_t *byte
+    cdef Py_ssize_t length, i
+    cdef uint8_t all_allowed = 1
+    if type(topic) is not str or not PyUnicode_IS_COMPACT_ASCII(topic):
+        return False
+    length = len(<str>topic)
+    byte = PyUnicode_1BYTE_DATA(topic)
+    for i in range(length):
+        all_allowed &= allowed[byte[i]]
+    return all_allowed and 0 < length <= TOPIC_LENGTH_MAX
 
 
 cdef inline str id_text(uint64_t incarnation, uint64_t sequence):
@@ -28,12 +52,12 @@ cdef class Message:
     cdef bytes encoded_properties
     cdef bint delayed
 
-    def __init__(self, str topic not None, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True,
+    def __init__(self, topic, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True,
                  delay_level=None, delay=None, deliver_at=None):
         if self.topic is not None:
             raise TypeError("a Message is immutable")  # a send may be reading it without the GIL
-        self.topic = topic
-        self.body = <bytes>body if type(body) is bytes else _rules.check_body(body)
+        self.topic = <str>topic if is_plain_topic(topic) else _naming.check_topic(topic)
+        self.body = <bytes>body if type(body) is bytes and len(<bytes>body) else _rules.check_body(body)
         self.tags = "" if tags is None else _rules.check_tags(tags)
         self.keys = "" if keys is None else _rules.check_keys(keys)
         self.wait_store_ok = wait_store_ok

@@ -1,20 +1,7 @@
 # producer.pxi: ProducerCore, the send path. One append attempt is made with the GIL held and never sleeps; whatever
 # has to wait (lock, space, durability) waits without it.
 
-from shmbroker import naming as _naming
-
-cdef int64_t NO_DEADLINE = 0x7fffffffffffffff
 cdef uint64_t LARGE_BYTES = 65536  # from here on copying is worth dropping the GIL
-
-
-cdef int64_t deadline_of(timeout) except -1:
-    """Absolute ns of CLOCK_MONOTONIC for float seconds; None waits for ever."""
-    if timeout is None:
-        return NO_DEADLINE
-    cdef double seconds = timeout
-    if not seconds >= 0:
-        raise ValueError(f"timeout {timeout!r}: seconds, not negative")
-    return sb_now_ns() + <int64_t>(min(seconds, 1e9) * 1e9)
 
 
 cdef object durability(Client client, uint64_t end, int64_t deadline_ns):
@@ -126,11 +113,11 @@ cdef class ProducerCore:
         memset(item, 0, sizeof(sb_item))
         item.body = <const uint8_t *>PyBytes_AS_STRING(message.body)
         item.body_bytes = <uint32_t>min(len(message.body), 0xffffffff)
-        if item.body_bytes == 0:
-            raise _errors.MessageIllegal("the body is empty")
         if item.body_bytes > r.limits.max_message_bytes:
             raise _errors.MessageTooLarge(
-                f"the body has {len(message.body)} bytes, max_message_bytes is {r.limits.max_message_bytes}")
+                f"the body has {len(message.body)} bytes, max_message_bytes is {r.limits.max_message_bytes}. That can be at "
+                f"most a quarter of ring_bytes ({r.ring_bytes}) and of segment_bytes ({r.segment_bytes}), header included: "
+                "raise these with it, or split the message")
         if message.tags is not None and len(message.tags):
             item.tags = <const uint8_t *>PyUnicode_AsUTF8AndSize(message.tags, &length)
             item.tags_bytes = <uint32_t>length
@@ -288,11 +275,12 @@ cdef class ProducerCore:
             result.status = durability(result.client, result.end_position, sb_now_ns() + self.sync_flush_timeout_ns)
         return result
 
-    def send(self, Message message not None, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None,
+    def send(self, message, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None,
              dedup_key=None):
         cdef SendResult result = SendResult.__new__(SendResult)
+        require_message(message, "message")
         try:
-            return self.send_once(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
+            return self.send_once(result, <Message>message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
         except _errors.BrokerClosed:  # raised by store alone: nothing is stored
             return self._resend(result, message, timeout, selector, argument, sharding_key, queue_id, dedup_key)
 
@@ -301,10 +289,11 @@ cdef class ProducerCore:
         return self._send_again(
             lambda left: self.send_once(result, message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
-    def send_oneway(self, Message message not None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
+    def send_oneway(self, message, *, selector=None, argument=None, sharding_key=None, queue_id=None):
         cdef SendResult result = SendResult.__new__(SendResult)
+        require_message(message, "message")
         try:
-            self.store(result, message, None, selector, argument, sharding_key, queue_id, None)
+            self.store(result, <Message>message, None, selector, argument, sharding_key, queue_id, None)
         except _errors.BrokerClosed:
             self._store_again(result, message, None, selector, argument, sharding_key, queue_id, None)
 
@@ -326,7 +315,7 @@ cdef class ProducerCore:
         return result
 
     def send_batch(self, messages, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None):
-        cdef list batch = list(messages)  # nobody changes it while we read without the GIL
+        cdef list batch = listed(messages, "a list of Message, or another iterable")  # nobody changes it while we read
         try:
             return self.send_batch_once(batch, timeout, selector, argument, sharding_key, queue_id)
         except _errors.BrokerClosed:
@@ -349,7 +338,8 @@ cdef class ProducerCore:
             raise _errors.MessageIllegal("an empty batch")
         if count > SB_GROUP_RECORDS_MAX:
             raise _errors.MessageTooLarge(f"{len(batch)} messages in one batch, at most {SB_GROUP_RECORDS_MAX}")
-        first = <Message?>batch[0]
+        require_message(batch[0], "messages[0]")
+        first = <Message>batch[0]
         result.positions = <uint64_t *>malloc(count * sizeof(uint64_t))
         items = self.batch_items
         self.batch_items = NULL
@@ -359,7 +349,9 @@ cdef class ProducerCore:
             if items == NULL or result.positions == NULL:
                 raise MemoryError
             for i in range(count):
-                message = <Message?>batch[i]
+                if not isinstance(batch[i], Message):
+                    raise _rules.no_message(f"messages[{i}]", batch[i])
+                message = <Message>batch[i]
                 if message.topic is not first.topic and message.topic != first.topic:
                     raise _errors.MessageIllegal(
                         f"a batch has one topic: {first.topic!r} and {message.topic!r} were given (RocketMQ's rule)")

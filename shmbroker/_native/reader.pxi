@@ -59,8 +59,9 @@ cdef class _QueueReader:
         """Packed consume queue entries from ``offset`` on, at most ``count``; b"" if there are none yet."""
         raise NotImplementedError
 
-    def _next_offset(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
-        """The first offset at or after ``offset`` that a message has, from the files; None if there is none yet."""
+    def _hole_at(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
+        """The first offset behind a hole, and whether the log knows that no message is missing; None if there is none yet.
+        Raises CorruptLog if it is no hole: the log has messages for it."""
         raise NotImplementedError
 
     def _read_window(self, uint64_t position):
@@ -125,16 +126,19 @@ cdef class _QueueReader:
     cdef int deliver(self, sb_region *r, _Source source, uint64_t offset, uint64_t position, Look *look, list out) except -100:
         """Filter, claim, copy the message that index or consume queue place at ``position``. Answers as ``claim``."""
         cdef sb_record header
-        cdef int code
+        cdef int code, from_files
         cdef uint32_t size
         cdef Py_ssize_t before = len(out)
         if look.bytes_left <= 0:
             return SB_NO_SPACE
         code = sb_ring_peek(r, position, &header)
-        if code != SB_OK:
+        from_files = code != SB_OK
+        if from_files:
             code = self.peek_window(r, position, &header)
         if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
-            return self.skip(r, source, offset)
+            # Nobody looks at it again: so it must be this message, and whole. Else it is fetched, which says what is wrong.
+            if source.is_message(&header, offset) and (not from_files or self.window_record(r, position, header.size) != NULL):
+                return self.skip(r, source, offset)
         size = header.size if code == SB_OK else 0
         code = self.claim(r, source, offset, look)
         if code == SB_OK:
@@ -150,12 +154,16 @@ cdef class _QueueReader:
         """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible
         time is over; its neighbours are delivered. SB_OK or SB_GONE."""
         cdef bytes record = None
+        cdef const uint8_t *data
         cdef int code = SB_END
         if size:
             record = PyBytes_FromStringAndSize(NULL, size)
             code = sb_ring_read(r, position, <uint8_t *>PyBytes_AS_STRING(record), size, &size)
             if code != SB_OK:
-                code = self.copy_window(r, position, record)
+                data = self.window_record(r, position, <uint32_t>len(record))
+                if data != NULL:
+                    memcpy(PyBytes_AS_STRING(record), data, len(record))
+                    code = SB_OK
         if code != SB_OK:
             try:
                 record = self._read_at(position)  # says what is wrong, if it is not just larger than a window
@@ -163,7 +171,7 @@ cdef class _QueueReader:
                 self.corrupt = error
                 note_damage(r, position)
                 return SB_OK
-        if record is not None and source.has_message(record, claim.offset):
+        if record is not None and source.is_message(<const sb_record *>PyBytes_AS_STRING(record), claim.offset):
             self.accept(r, source, record, claim, out)
         elif source.is_deleted(r):
             return SB_GONE
@@ -177,7 +185,7 @@ cdef class _QueueReader:
 
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
-    cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room):
+    cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room) noexcept:
         """The window's bytes at ``position``, if it holds at least ``least`` of them; else NULL."""
         cdef uint64_t at = position - self.window_start
         if self.window is None or position < self.window_start or at + least > <uint64_t>len(self.window):
@@ -202,14 +210,13 @@ cdef class _QueueReader:
             memcpy(header, data, sizeof(sb_record))
         return code
 
-    cdef int copy_window(self, sb_region *r, uint64_t position, bytes record):
-        """Checked copy of a record that ``peek_window`` has seen."""
+    cdef const uint8_t *window_record(self, sb_region *r, uint64_t position, uint32_t size) noexcept:
+        """A record that ``peek_window`` has seen, checked; NULL: it does not hold, or is not in the window any more."""
         cdef uint64_t room = 0
-        cdef const uint8_t *data = self.in_window(position, sb_padded(len(record)), &room)
+        cdef const uint8_t *data = self.in_window(position, sb_padded(size), &room)
         if data == NULL or sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 1) != SB_OK:
-            return SB_INVALID
-        memcpy(PyBytes_AS_STRING(record), data, len(record))
-        return SB_OK
+            return NULL
+        return data
 
     # -- one queue
 
@@ -300,7 +307,7 @@ cdef class _QueueReader:
         cdef uint64_t limit = min(sb_load(&sb_marks(r).dispatched), look.limit), position = 0
         cdef int code = SB_OK
         if offset[0] < first:
-            return self.pass_deleted(r, source, offset, first)
+            return self.pass_to(r, source, offset, first, True)  # retention has taken them
         while want > 0 and len(out) < room:
             code = self.entry_at(source, offset[0], limit, &position)
             if code == SB_NOT_FOUND:
@@ -336,31 +343,26 @@ cdef class _QueueReader:
 
     cdef int pass_hole(self, sb_region *r, _Source source, uint64_t *offset) except -100:
         """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE | SB_GONE."""
-        cdef int code
-        found = self._next_offset(source.topic_id, source.queue_id, offset[0])
-        if found is None or <uint64_t>found == offset[0]:
+        hole = self._hole_at(source.topic_id, source.queue_id, offset[0])
+        if hole is None or <uint64_t>hole[0] == offset[0]:
             source.entries = None  # it came while we looked, or is still to come
-            self.stalled = found is None
-            return SB_END if found is None else SB_OK
-        while offset[0] < <uint64_t>found:
-            code = self.skip(r, source, offset[0])
-            if stops(code):
-                return code
-            offset[0] += 1
-        return SB_OK
+            self.stalled = hole is None
+            return SB_END if hole is None else SB_OK
+        return self.pass_to(r, source, offset, hole[0], not hole[1])
 
-    cdef int pass_deleted(self, sb_region *r, _Source source, uint64_t *offset, uint64_t first) except -100:
-        """The log no longer has messages that the group is not known to have had: counted and said."""
-        cdef uint64_t start = offset[0], lost = 0
+    cdef int pass_to(self, sb_region *r, _Source source, uint64_t *offset, uint64_t end, bint lost) except -100:
+        """Nobody gets the offsets before ``end``. What of them is ``lost``, since the group is not known to have had it, is
+        counted and said."""
+        cdef uint64_t start = offset[0], skipped = 0
         cdef int code = SB_OK
-        while offset[0] < first and not stops(code):
+        while offset[0] < end and not stops(code):
             code = self.skip(r, source, offset[0])
             if not stops(code):
-                lost += code == SB_OK
+                skipped += code == SB_OK
                 offset[0] += 1
-        if lost and not source.is_deleted(r):
-            self.lost += lost
-            self._report_lost(source.topic, source.queue_id, start, lost)
+        if lost and skipped and not source.is_deleted(r):
+            self.lost += skipped
+            self._report_lost(source.topic, source.queue_id, start, skipped)
             sb_claim_base(r, source.table)
         return code if stops(code) else SB_OK
 

@@ -91,8 +91,7 @@ cdef class _Source:
         cdef sb_queue *queue = sb_queue_at(r, self.queue_slot)
         return sb_load(&queue.state) != SB_SLOT_LIVE or queue.topic_id != self.topic_id or not self.is_current(r)
 
-    cdef bint has_message(self, bytes record, uint64_t offset) noexcept:
-        cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
+    cdef inline bint is_message(self, const sb_record *h, uint64_t offset) noexcept:
         return (h.kind == SB_KIND_MESSAGE and h.topic_id == self.topic_id and h.queue_id == self.queue_id
                 and h.queue_offset == offset)
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from shmbroker._native._core import Region, decode_record, dispatch_scan, find_record
+from shmbroker._native._core import Region, decode_record, dispatch_scan
 from shmbroker.errors import CorruptLog
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, Record, RecordKind, TopicBody
@@ -37,8 +37,6 @@ _OFFERS_MAX: Final = 1024
 _OFFERED_MARKS_MAX: Final = 131_072
 _INDEX_BATCH: Final = 2_000
 _COMMIT_ENTRIES: Final = 20_000
-_EPOCH_MAX: Final = 2**32 - 1
-_PAGE_BYTES: Final = 4096
 
 
 class Scan(NamedTuple):
@@ -119,16 +117,8 @@ class Source(Generic[Found]):
 
     def sound_after(self, position: int, end: int) -> int:
         """Where the sound log goes on behind the damage at ``position``: at a record, or at ``end``."""
-        segment_bytes = self._region.segment_bytes
-        at, found = position + RECORD_ALIGN_BYTES, None
-        while at < end and found is None:
-            # All of the segment at once: a record that a piece cuts in two would not be found.
-            data = self._log.window(at, end, segment_bytes)
-            found = find_record(data, at, segment_bytes, 0, _EPOCH_MAX) if data else None
-            at += len(data)
-            if at % segment_bytes:  # what comes next cannot be read
-                at += _PAGE_BYTES - at % _PAGE_BYTES
-        return end if found is None else found[0]
+        found = self._log.find(position + RECORD_ALIGN_BYTES, end)
+        return end if found is None else found
 
     def _scan_ring(self, position: int, size: int, epoch: int) -> Found | None:
         if not self._in_ring(position):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from shmbroker._native._core import start_writeback
+from shmbroker._native._core import find_record, start_writeback
 from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.failpoint import die, failpoint
 from shmbroker.naming import segment_name
@@ -33,6 +33,7 @@ from shmbroker.store.segment_pool import SegmentPool
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 WRITE_BYTES: Final = 1024 * 1024  # of one pwrite: how much is copied before the disk begins with it
 _READ_AHEAD_BYTES: Final = 4096
+_EPOCH_MAX: Final = 2**32 - 1
 _OPEN_SEGMENTS: Final = 4
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -208,6 +209,25 @@ class LogReader:
             size = wanted
         return position
 
+    def find(self, position: int, end: int, flushed_above: int = -1) -> int | None:
+        """Where the next valid record begins that lies in [position, end); both are places where one could begin.
+
+        With ``flushed_above``: the next whose writer knew more than that to be durable. None: there is none.
+        """
+        size = self._window_bytes
+        while position < end:
+            data = self.window(position, end, size)
+            found = find_record(data, position, self._segment_bytes, 1, _EPOCH_MAX, flushed_above)
+            if found is not None:
+                return found[0]
+            behind = position + len(data)
+            if len(data) == size and behind < end and behind % self._segment_bytes:
+                size *= 2  # from the same place: a record that a piece cuts in two is not found
+                continue
+            position = behind if data and behind % self._segment_bytes == 0 else self._resume(behind)
+            size = self._window_bytes
+        return None
+
     def explain(self, position: int, what: str) -> ShmBrokerError:
         """Why the bytes at ``position`` were not as they should be: the error to raise.
 
@@ -238,6 +258,10 @@ class LogReader:
         for segment in self._open.values():
             segment.close()
         self._open.clear()
+
+    def _resume(self, position: int) -> int:
+        """Where to look on behind what cannot be read: its segment is missing, cut off, or not to be believed."""
+        return position + self._segment_bytes - position % self._segment_bytes
 
     def _segment(self, position: int) -> Segment:
         base = position - position % self._segment_bytes

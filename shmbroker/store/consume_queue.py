@@ -10,7 +10,8 @@ in 20 digits. Entry ``i`` of a queue therefore has one place, known without look
   64 | position             8 | size 4  | tag hash 4 |  entry of the file's first offset ...
 
 All little-endian. A size of 0 is a hole: an offset that no message has (before the first one kept when the queue was
-rebuilt, or skipped by a recovery that found progress beyond a cut, R4). Positions grow with the offsets.
+rebuilt, or skipped by a recovery that found progress beyond a cut, R4), or what the disk has lost: only the log tells
+(queue_hole.py). Positions grow with the offsets.
 
 What a crash leaves: a killed writer leaves a run half written and others unsynced; its successor, who starts at the
 checkpoint's ``dispatched``, writes the same bytes again. After a loss of power nothing at or past that position is
@@ -184,7 +185,7 @@ class ConsumeQueues:
                     return found
                 if size:
                     if position <= previous or size < RECORD_HEADER_BYTES:
-                        raise self._corrupt(topic_id, queue_id, offset, f"entry ({position}, {size}) after {previous}")
+                        raise self.corrupt(topic_id, queue_id, offset, f"entry ({position}, {size}) after {previous}")
                     found.append(Entry(offset, position, size, tag_hash))
                     previous = position
                 offset += 1
@@ -209,6 +210,24 @@ class ConsumeQueues:
         """The first offset whose record lies at or past ``position``; the queue's end if none does."""
         first, end = self.offsets(topic_id, queue_id)
         return self._search(topic_id, queue_id, first, end, position)
+
+    def last_before(self, topic_id: int, queue_id: int, offset: int) -> Entry | None:
+        """The last entry before ``offset`` that is no hole."""
+        first = min(self._files(topic_id, queue_id), default=offset)
+        while offset > first:
+            start = max(first, offset - _SEARCH_ENTRIES, (offset - 1) // self._per_file * self._per_file)
+            packed = ENTRY.iter_unpack(self._read(topic_id, queue_id, start, offset - start))
+            found = [Entry(at, *entry) for at, entry in enumerate(packed, start) if entry[1]]
+            if found:
+                return found[-1]
+            offset = start
+        return None
+
+    def corrupt(self, topic_id: int, queue_id: int, offset: int, what: str) -> CorruptLog:
+        """The error to raise for a damaged file."""
+        path = self._path(topic_id, queue_id, offset - offset % self._per_file)
+        remedy = "stop the broker; `shmbroker log rebuild --replace` makes it anew"
+        return CorruptLog(f"{path}: offset {offset}: {what}; {remedy}", path=str(path))
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -270,7 +289,7 @@ class ConsumeQueues:
             elif not any(header):
                 raise FileNotFoundError(errno.ENOENT, "consume queue file has no header yet", str(path))
             elif header != self._header(*key):
-                raise self._corrupt(topic_id, queue_id, first, "the file's header is not this queue's")
+                raise self.corrupt(topic_id, queue_id, first, "the file's header is not this queue's")
         except BaseException:
             os.close(fd)
             raise
@@ -312,10 +331,6 @@ class ConsumeQueues:
 
     def _files(self, topic_id: int, queue_id: int) -> list[int]:
         return _numbers(self._directory / str(topic_id) / str(queue_id))
-
-    def _corrupt(self, topic_id: int, queue_id: int, offset: int, what: str) -> CorruptLog:
-        path = self._path(topic_id, queue_id, offset - offset % self._per_file)
-        return CorruptLog(f"{path}: offset {offset}: {what}; `shmbroker log rebuild` makes it anew", path=str(path))
 
     @staticmethod
     def _write_all(fd: int, view: memoryview, at: int) -> None:

@@ -10,11 +10,12 @@ import errno
 import os
 from typing import Final
 
-from shmbroker.errors import CorruptLog, ShmBrokerError
+from shmbroker.errors import CorruptLog, PositionGone, ShmBrokerError
 from shmbroker.record import Record
 from shmbroker.store.commit_log import LogReader
 
 _LEAST_BYTES: Final = 512  # what a disk reads at once
+_PAGE_BYTES: Final = 4096
 
 
 class ServingReader(LogReader):
@@ -51,3 +52,15 @@ class ServingReader(LogReader):
             return CorruptLog(
                 f"position {position}: {what}; {error}. `shmbroker log verify` shows the extent", position
             )
+
+    def _resume(self, position: int) -> int:
+        """As LogReader's; but behind a block that cannot be read the segment goes on."""
+        try:
+            self._segment(position)
+        except (PositionGone, CorruptLog):
+            return super()._resume(position)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return super()._resume(position)
+        return position + _PAGE_BYTES - position % _PAGE_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shmbroker import Message, ReceivedMessage, SimpleConsumer
+from shmbroker import CorruptLog, Message, ReceivedMessage, SimpleConsumer
 from shmbroker.broker import Broker
 
 ALL: Final = {"orders": "*"}
@@ -53,3 +53,22 @@ def asleep(broker: Broker) -> bool:
 
 def bodies_of(messages: list[ReceivedMessage]) -> list[bytes]:
     return [message.body for message in messages]
+
+
+def deliverable(broker: Broker, group: str, tags: str = "*") -> tuple[set[int], list[CorruptLog]]:
+    """Numbers, of which bodies begin with one, that the group gets until only damage is left; and what told of that."""
+    numbers: set[int] = set()
+    damages: list[CorruptLog] = []
+    with broker.simple_consumer(group, {"orders": tags}) as consumer:
+        while len(damages) < 2:  # once more after the first: each queue may have something to say
+            try:
+                messages = consumer.receive(100)
+            except CorruptLog as error:
+                damages.append(error)
+                continue
+            if not messages:
+                break
+            consumer.ack(messages)
+            numbers |= {int(message.body.split()[0]) for message in messages}
+        assert consumer.lost == 0
+    return numbers, damages

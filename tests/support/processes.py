@@ -9,8 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -136,23 +136,44 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     ]
 
 
+@contextmanager
+def pidfds_of(processes: Iterable[psutil.Process]) -> Iterator[list[int]]:
+    """One for each that lives. It tells of a death at once; the pid of an orphan stays until init has looked for it."""
+    with ExitStack() as opened:
+        pidfds = []
+        for one in processes:
+            with suppress(ProcessLookupError):
+                pidfds.append(os.pidfd_open(one.pid))
+                opened.callback(os.close, pidfds[-1])
+        yield pidfds
+
+
+def wait_ended(processes: Iterable[psutil.Process], deadline: float = DEADLINE) -> bool:
+    """Wait until all of them are dead: nothing is theirs any more, neither memory nor locks nor files."""
+    end = time.monotonic() + deadline
+    with pidfds_of(processes) as pidfds:
+        return all(process.wait_ended(pidfd, max(0.0, end - time.monotonic())) for pidfd in pidfds)
+
+
+def wait_gone(directory: Path, deadline: float = DEADLINE) -> None:
+    """Wait until no process of the broker is left, also none that was started meanwhile."""
+    end = time.monotonic() + deadline
+    while found := processes_of(directory):
+        assert wait_ended(found, end - time.monotonic()), f"did not leave within {deadline:g} s: {found}"
+
+
 def kill_all(directory: Path) -> None:
     """kill -9 of supervisor and workers, the supervisor first, all stopped before so that none sees another die.
 
-    When it returns they are dead for everybody: a process without a command line may still be dying.
+    When it returns they are dead for everybody.
     """
-    with ExitStack() as opened:
-        pidfds = []
-        for victim in processes_of(directory):
-            with suppress(ProcessLookupError):
-                pidfds.append(os.pidfd_open(victim.pid))
-                opened.callback(os.close, pidfds[-1])
+    with pidfds_of(processes_of(directory)) as pidfds:
         for signum in (signal.SIGSTOP, signal.SIGKILL):
             for pidfd in pidfds:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signum)
         assert all(process.wait_ended(pidfd, DEADLINE) for pidfd in pidfds)
-    wait_until(lambda: not processes_of(directory), "all processes of the broker dead")
+    wait_gone(directory)
 
 
 def stop_broker(directory: Path) -> None:
@@ -161,4 +182,5 @@ def stop_broker(directory: Path) -> None:
     if supervisor > 0:
         os.kill(supervisor, signal.SIGCONT)
         os.kill(supervisor, signal.SIGTERM)
-    wait_until(lambda: supervisor_of(directory) == 0 and not processes_of(directory), "the broker stopped")
+    wait_gone(directory)
+    assert supervisor_of(directory) == 0

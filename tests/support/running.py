@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.processes import SMALL, kill_all, processes_of
+from support.processes import SMALL, kill_all, processes_of, wait_gone
 from support.waiting import wait_until
 
 import shmbroker
@@ -37,16 +37,14 @@ def running(directory: Path, failpoints: str = "", **settings: Any) -> Iterator[
     try:
         yield broker
     finally:
-        processes = processes_of(directory)
-        for process in processes:
+        for process in processes_of(directory):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
         broker.close()
-        _, alive = psutil.wait_procs(processes, timeout=20)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=5)
-        assert not alive, f"did not leave by themselves: {alive}"
+        try:
+            wait_gone(directory)
+        finally:
+            kill_all(directory)
 
 
 def worker_pid(broker: shmbroker.Broker, role: str) -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.command import COMMAND, TIMEOUT, environment
-from support.processes import processes_of, wait_for_workers
+from support.processes import processes_of, wait_for_workers, wait_gone
 from support.waiting import wait_until
 
 from shmbroker import memory
@@ -69,7 +69,7 @@ def assert_nothing_left(directory: Path) -> None:
 
 def wait_for_the_end(directory: Path) -> None:
     """An embedded broker goes when its last client has gone."""
-    wait_until(lambda: not processes_of(directory), "the embedded broker has gone")
+    wait_gone(directory)
     assert_nothing_left(directory)
 
 
