@@ -138,7 +138,9 @@ def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags:
 @click.option("--longest", default="2h", show_default=True, help="exponential: no delay is longer.")
 @click.option("--delays", default="", help='table: all delays, as in "0s 5s 1m"; the last one goes on.')
 @pass_session
-def set_retry(session: Session, name: str, kind: str, max_retries: int, delays: str, **exponential: Any) -> None:
+def set_retry(
+    session: Session, name: str, kind: str, max_retries: int, initial: str, multiplier: float, longest: str, delays: str
+) -> None:
     """Set how failed messages of a group are tried again, and how often.
 
     \b
@@ -149,9 +151,8 @@ def set_retry(session: Session, name: str, kind: str, max_retries: int, delays: 
     `levels` waits as message_delay_level says, from level 3 on. Live members follow at once; what waits already keeps
     its time.
     """
-    times = {key: parse_delay(exponential[key]) for key in ("initial", "longest")}
     table = tuple(parse_delay(word) for word in delays.split())
-    policy = RetryPolicy(kind, max_retries, multiplier=exponential["multiplier"], delays=table, **times)
+    policy = RetryPolicy(kind, max_retries, parse_delay(initial), multiplier, parse_delay(longest), table)
     with session.open() as broker:
         broker.set_retry(name, policy)
     if session.json:
