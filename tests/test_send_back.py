@@ -93,6 +93,22 @@ def test_a_retry_that_has_to_wait_is_a_timer_with_all_of_the_message(
     assert retries["queues"][0]["next_offset"] == 0
 
 
+def test_a_retry_comes_when_its_time_has_come_and_not_before(broker: Broker) -> None:
+    broker.create_group(GROUP, RetryPolicy("exponential", 3, initial=0.3, multiplier=2.0))
+    with broker.producer("test") as producer, broker.simple_consumer(GROUP, ALL) as consumer:
+        sent = producer.send(SENT)
+        send_back = SendBack(broker, consumer)
+        message = one(consumer)
+        for attempt, delay in ((2, 0.3), (3, 0.6)):
+            start = time.time()
+            send_back.later(message, error="later")
+            message = one(consumer)
+            assert time.time() - start >= delay
+            assert (message.delivery_attempt, message.message_id, message.body) == (attempt, sent.message_id, b"poison")
+        consumer.ack(message)
+    assert dead_letters(broker) == []
+
+
 def test_level_minus_one_is_a_dead_letter_at_once(broker: Broker) -> None:
     with broker.simple_consumer(GROUP, ALL) as consumer:
         send(broker, b"hopeless")
