@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from shmbroker.producer import Producer, SendCallback
     from shmbroker.push_consumer import PushConsumer
+    from shmbroker.retry import RetryPolicy
     from shmbroker.status import ConsumeStatus, SendStatus
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ _HOMES: Final = {
     "shmbroker.status": ("SendStatus", "ConsumeStatus"),
     "shmbroker.consumer": ("SimpleConsumer",),
     "shmbroker.push_consumer": ("PushConsumer",),
+    "shmbroker.retry": ("RetryPolicy",),
 }
 _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -87,6 +89,7 @@ __all__ = [
     "ConsumeContext",
     "ConsumeStatus",
     "SimpleConsumer",
+    "RetryPolicy",
     # errors: the class says what to do; see shmbroker.errors
     "ShmBrokerError",
     "Retryable",

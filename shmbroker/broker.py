@@ -20,6 +20,7 @@ from shmbroker.config import Config, load
 from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
 from shmbroker.log_files import LogFiles
 from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
+from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
 
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
@@ -205,6 +206,24 @@ class Broker:
             raise GroupNotExist(f"group {group!r} does not exist")
         define_topics(self.region, tags, self.config)
         self.region.set_subscription(group, text)
+
+    def create_group(self, name: str, retry: RetryPolicy | None = None) -> None:
+        """Make a consumer group before its first consumer does. Raises NameIllegal, LimitReached, BadRequest.
+
+        ``retry``: its retry policy. Once more as it stands changes nothing.
+        """
+        known = {group["name"]: group for group in self.region.groups()}
+        self.region.define_group(check_group(name))
+        wanted = "" if retry is None else retry.encode()
+        found = known[name]["retry"] if name in known else ""
+        if name not in known and wanted:
+            self.set_retry(name, retry)
+        elif name in known and parse_policy(found) != parse_policy(wanted):
+            raise BadRequest(f"group {name!r} exists, with {parse_policy(found)}: set its retry policy instead")
+
+    def set_retry(self, group: str, retry: RetryPolicy | None) -> None:
+        """How failed messages of the group are tried again from now on; None: by default. Raises GroupNotExist."""
+        self.region.set_retry(check_group(group), (retry or DEFAULT_POLICY).encode().encode())
 
     def delete_group(self, name: str) -> None:
         """Delete a consumer group and its progress; it keeps no log any more. Raises GroupNotExist, GroupInUse.

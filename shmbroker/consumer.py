@@ -26,6 +26,7 @@ from shmbroker.errors import (
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import check_group, check_topic
 from shmbroker.record import RecordKind, subscription_text
+from shmbroker.send_back import SendBack
 
 if TYPE_CHECKING:
     from shmbroker.log_files import LogFiles
@@ -55,7 +56,8 @@ class SimpleConsumer(ConsumerCore):
 
     Any number of consumers, in any number of processes, share a group's queues: each message is delivered to one of
     them. It is delivered again, with its ``delivery_attempt`` one higher, if it is not acknowledged before its
-    invisible time is over, or at once if the process that has it dies.
+    invisible time is over, or at once if the process that has it dies. After as many deliveries as the group's retry
+    policy allows (17) it goes to ``%DLQ%group`` instead. Retries that other members have asked for come as well.
 
     ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the
     same. ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group
@@ -95,6 +97,7 @@ class SimpleConsumer(ConsumerCore):
         )
         self._home = home
         self._tags = tags
+        self._send_back = SendBack(home, self)
         self._was_member = False
         self._subscribe()
 
@@ -192,6 +195,12 @@ class SimpleConsumer(ConsumerCore):
             "acknowledgement of them is known: lost, or, after a power cut, consumed shortly before it",
             self.group, count, topic, queue_id, first,
         )  # fmt: skip
+
+    def _max_deliveries(self, message: ReceivedMessage) -> int:
+        return self._send_back.max_deliveries(message)
+
+    def _bury(self, messages: list[ReceivedMessage]) -> None:
+        self._send_back.bury(messages)
 
     # ---- life
 

@@ -86,6 +86,8 @@ FAILPOINTS: Final[dict[str, str]] = {
     "consumer.claimed": "messages claimed, their attempts in memory only, nobody has them",
     "consumer.attempts_appended": "the same, with the progress record appended, not flushed",
     "consumer.attempts_flushed": "attempts on the disk, nobody has the messages",
+    "retry.topic_made": "%RETRY% or %DLQ% is defined, nothing moved, sleeping members not told",
+    "retry.moved": "copy and acknowledgement are there, not flushed, sleeping members not told",
     "janitor.death_seen": "a client's death is known, nothing taken back",
     "janitor.reaped": "its claims, waiters and slot are free",
 }

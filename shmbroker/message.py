@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 from shmbroker.delays import DELAY_MAX, format_delay
 from shmbroker.errors import MessageIllegal, PropertiesTooLarge
+from shmbroker.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Message
@@ -25,6 +26,7 @@ RESERVED_NAMES: Final = frozenset(
     KEYS TAGS WAIT DELAY RETRY_TOPIC REAL_TOPIC REAL_QID TRAN_MSG PGROUP MIN_OFFSET MAX_OFFSET BUYER_ID
     ORIGIN_MESSAGE_ID TRANSFER_FLAG CORRECTION_FLAG MQ2_FLAG RECONSUME_TIME MSG_REGION TRACE_ON UNIQ_KEY
     EXTEND_UNIQ_INFO MAX_RECONSUME_TIMES CONSUME_START_TIME INNER_NUM INNER_BASE DUP_INFO
+    RETRY_POLICY RETRY_FIRST_ERROR RETRY_LAST_ERROR
     CHECK_IMMUNITY_TIME_IN_SECONDS TRAN_PREPARED_QUEUE_OFFSET __transactionId__ TRANSACTION_CHECK_TIMES INSTANCE_ID
     CORRELATION_ID REPLY_TO_CLIENT TTL ARRIVE_TIME PUSH_REPLY_TIME CLUSTER MSG_TYPE POP_CK POP_CK_OFFSET
     1ST_POP_TIME __SHARDINGKEY DLQ_ORIGIN_TOPIC DLQ_ORIGIN_MESSAGE_ID __CRC32# __BORNHOST BORN_TIMESTAMP
@@ -123,6 +125,13 @@ def due_ns(message: Message, now_ns: int, levels: Sequence[float]) -> int:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def retry_property(retry: RetryPolicy) -> bytes:
+    """The message's own retry policy, encoded as one more property."""
+    if not isinstance(retry, RetryPolicy):
+        raise MessageIllegal(f"retry = {retry!r}: must be a RetryPolicy")
+    return f"RETRY_POLICY{NAME_VALUE_SEPARATOR}{retry.encode()}{PROPERTY_SEPARATOR}".encode()
 
 
 def _bounded(what: str, text: str) -> str:

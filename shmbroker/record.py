@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum, IntFlag
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from shmbroker._native._core import (
     decode_record,
     encode_record,
 )
+from shmbroker.retry import parse_policy
 
 __all__ = [
     "GROUP_RECORDS_MAX",
@@ -168,13 +169,15 @@ class GroupBody:
     """A consumer group as it now is, or (``deleted``) no longer is.
 
     ``subscription``: topic to tag expression, if it was set (R25) and is not what the first member brings along; of
-    two, that of the larger ``generation`` counts.
+    two, that of the larger ``generation`` counts. ``retry``: its retry policy, if one was set; likewise.
     """
 
     name: str
     group_id: int
     subscription: Mapping[str, str] = field(default_factory=dict)
     generation: int = 0
+    retry: Mapping[str, Any] = field(default_factory=dict)
+    retry_generation: int = 0
     deleted: bool = False
 
     def encode(self) -> bytes:
@@ -184,7 +187,14 @@ class GroupBody:
             fields["op"] = "define"
         if self.subscription:
             fields |= {"subscription": dict(self.subscription), "generation": self.generation}
+        if self.retry:
+            fields |= {"retry": dict(self.retry), "retry_generation": self.retry_generation}
         return _encode(fields)
+
+    def merged(self, other: GroupBody) -> GroupBody:
+        """What two records about the same group say together."""
+        subscribed, retried = max(self, other, key=_generation), max(self, other, key=_retry_generation)
+        return replace(subscribed, retry=retried.retry, retry_generation=retried.retry_generation)
 
     @staticmethod
     def parse(body: bytes) -> GroupBody:
@@ -193,9 +203,23 @@ class GroupBody:
         name, group_id = _text(fields, "name"), _integer(fields, "group_id", 0, _U32)
         if _deletes(fields):
             return GroupBody(name, group_id, deleted=True)
-        if "subscription" not in fields:
-            return GroupBody(name, group_id)
-        return GroupBody(name, group_id, _texts(fields, "subscription"), _integer(fields, "generation", 1, _U32))
+        parsed = GroupBody(name, group_id)
+        if "subscription" in fields:
+            generation = _integer(fields, "generation", 1, _U32)
+            parsed = replace(parsed, subscription=_texts(fields, "subscription"), generation=generation)
+        if "retry" in fields:
+            retry, generation = fields["retry"], _integer(fields, "retry_generation", 1, _U32)
+            parse_policy(json.dumps(retry))
+            parsed = replace(parsed, retry=retry, retry_generation=generation)
+        return parsed
+
+
+def _generation(body: GroupBody) -> int:
+    return body.generation
+
+
+def _retry_generation(body: GroupBody) -> int:
+    return body.retry_generation
 
 
 def subscription_text(subscription: Mapping[str, str]) -> bytes:

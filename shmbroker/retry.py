@@ -20,7 +20,7 @@ from shmbroker.errors import BadRequest
 MAX_RETRIES: Final = 250  # deliveries are counted in a byte of the record and one of the claim
 TABLE_MAX: Final = 32
 FIRST_LEVEL: Final = 3  # RocketMQ: the first retry waits for level 3
-_KINDS: Final = ("levels", "exponential", "table")
+KINDS: Final = ("levels", "exponential", "table")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class RetryPolicy:
     delays: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise BadRequest(f"retry policy {self.kind!r}: one of {', '.join(_KINDS)}")
+        if self.kind not in KINDS:
+            raise BadRequest(f"retry policy {self.kind!r}: one of {', '.join(KINDS)}")
         if type(self.max_retries) is not int or not 0 <= self.max_retries <= MAX_RETRIES:
             raise BadRequest(f"max_retries = {self.max_retries!r}: an integer from 0 to {MAX_RETRIES}")
         if self.kind == "table" and not 1 <= len(self.delays) <= TABLE_MAX:

@@ -24,6 +24,7 @@ LONG_FILES: dict[str, str] = {
     "shmbroker/_native/layout.h": "every structure in shared memory and in the log is drawn in one place",
     "shmbroker/_native/_core.pyi": "the types of one extension module",
     "shmbroker/_native/region.pxi": "one class: the whole face that workers and tools see of the memory",
+    "shmbroker/_native/reader.pxi": "one class: how a message is found, claimed and copied, wherever it lies",
     "shmbroker/_native/wait.c": "flag, fence, look again: both sides of every wake-up stand beside each other",
     "tests/test_producer.py": "one promise of the producer after the other, in the order of its documentation",
     "tests/native/ring_test.c": "one program per header, so that a sanitizer sees all of its races",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
+from shmbroker.delays import parse_delay
 from shmbroker.errors import GroupNotExist
+from shmbroker.retry import KINDS, RetryPolicy, parse_policy
 from shmbroker.tools import console
 from shmbroker.tools.group_lag import brief, lags
 from shmbroker.tools.session import Session, common_options, pass_session
@@ -15,12 +18,13 @@ from shmbroker.tools.session import Session, common_options, pass_session
 @click.group()
 @common_options
 def group() -> None:
-    """Show consumer groups, their lag, and what they hold back; switch their subscription; delete those nobody needs.
+    """Show consumer groups, their lag, and what they hold back; set how they subscribe and retry; delete them.
 
     \b
     shmbroker group list
     shmbroker group show audit
     shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
+    shmbroker group set-retry audit exponential --initial 1s --max 8
     shmbroker group delete oudit --yes
     """
 
@@ -68,6 +72,7 @@ def show(session: Session, name: str) -> None:
             ", ".join(f"{topic}: {tags}" for topic, tags in lag["subscription"].items()) or "no live member",
         ),
         *(("not subscribed any more", _waiting(topic, count)) for topic, count in _unsubscribed(lag).items()),
+        ("retry", str(parse_policy(json.dumps(lag["retry"]) if lag["retry"] else ""))),
         ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),
         ("in flight", f"{lag['in_flight']:,}"),
         ("log held back", console.size(lag["held_back_bytes"])),
@@ -120,6 +125,36 @@ def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags:
         broker.set_subscription(name, subscription)
     wanted = ", ".join(f"{topic}: {tags}" for topic, tags in subscription.items())
     console.print_done(session, f"{name} subscribes to {wanted} now", {"group": name, "subscription": subscription})
+
+
+@group.command(name="set-retry")
+@common_options
+@click.argument("name")
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--max", "max_retries", default=16, show_default=True, help="Retries; then it is a dead letter.")
+@click.option("--initial", default="5s", show_default=True, help="exponential: the first delay.")
+@click.option("--multiplier", default=2.0, show_default=True, help="exponential: each delay so many times the last.")
+@click.option("--longest", default="2h", show_default=True, help="exponential: no delay is longer.")
+@click.option("--delays", default="", help='table: all delays, as in "0s 5s 1m"; the last one goes on.')
+@pass_session
+def set_retry(
+    session: Session, name: str, kind: str, max_retries: int, initial: str, multiplier: float, longest: str, delays: str
+) -> None:
+    """Set how failed messages of a group are tried again, and how often.
+
+    \b
+    shmbroker group set-retry billing levels --max 16
+    shmbroker group set-retry billing exponential --initial 1s --multiplier 3 --longest 10m --max 8
+    shmbroker group set-retry billing table --delays '0s 5s 1m' --max 5
+
+    `levels` waits as message_delay_level says, from level 3 on. Live members follow at once; what waits already keeps
+    its time.
+    """
+    table = tuple(parse_delay(word) for word in delays.split())
+    policy = RetryPolicy(kind, max_retries, parse_delay(initial), multiplier, parse_delay(longest), table)
+    with session.open() as broker:
+        broker.set_retry(name, policy)
+    console.print_done(session, f"{name}: {policy}", {"group": name, "retry": json.loads(policy.encode())})
 
 
 @group.command()

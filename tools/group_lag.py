@@ -6,6 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from shmbroker.naming import DEAD_LETTER_PREFIX, RETRY_PREFIX
 from shmbroker.tools.stored_messages import StoredMessages
 
 if TYPE_CHECKING:
@@ -18,8 +19,12 @@ _ENTRIES_PER_READ: Final = 16_384
 def lags(paths: BrokerPaths, region: Region) -> list[dict[str, Any]]:
     """One dictionary for each group, by name. Counts change while they are read: each alone is right, not their sum."""
     clients = {client["slot"]: client for client in region.clients() if client["live"]}
+    policies = {entry["name"]: json.loads(entry["retry"] or "null") for entry in region.groups()}
     with StoredMessages(paths, region) as messages:
-        return [_group(*consumed, clients, messages, region.get("tail")) for consumed in _consumed(region)]
+        return [
+            _group(*consumed, clients, messages, region.get("tail")) | {"retry": policies.get(consumed[0])}
+            for consumed in _consumed(region)
+        ]
 
 
 def brief(region: Region) -> list[dict[str, Any]]:
@@ -45,9 +50,10 @@ def _consumed(region: Region) -> list[tuple[str, dict[str, str], list[dict[str, 
     found = []
     for name in sorted({*subscriptions, *(table["group"] for table in progress)}):
         subscription = subscriptions.get(name, {})
-        tables = {_place(table): table for table in progress if table["group"] == name}
+        aside = DEAD_LETTER_PREFIX + name  # `shmbroker dlq` consumes there, not the members
+        tables = {_place(table): table for table in progress if table["group"] == name and table["topic"] != aside}
         for topic, queue in queues:  # one that no member has looked at yet: the group is at its first message
-            if topic["name"] in subscription:
+            if topic["name"] in subscription or topic["name"] == RETRY_PREFIX + name:
                 place = {"topic": topic["name"], "topic_id": topic["topic_id"], "base": queue["first_offset"]}
                 tables.setdefault((topic["name"], queue["queue_id"]), {**_UNTOUCHED, **queue, **place})
         found.append((name, subscription, [tables[place] for place in sorted(tables)]))

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, overload
 
+from shmbroker.retry import RetryPolicy
+from shmbroker.status import SendStatus
+
 RECORD_HEADER_BYTES: Final[int]
 RECORD_ALIGN_BYTES: Final[int]
 GROUP_RECORDS_MAX: Final[int]
@@ -149,17 +152,19 @@ class Message:
     delay_level: int | None   # 1 for the first of message_delay_level
     delay: float | None       # seconds from its send
     deliver_at: float | None  # seconds since 1970
+    retry: RetryPolicy | None  # its own, instead of that of the group that consumes it
     def __init__(
         self, topic: str, body: bytes, *, tags: str | None = None, keys: str | Iterable[str] | None = None,
         properties: Mapping[str, str] | None = None, wait_store_ok: bool = True, delay_level: int | None = None,
         delay: float | timedelta | None = None, deliver_at: datetime | float | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None: ...
 
 class ReceivedMessage:
     """A delivered message: a lazy view of a private copy of its record."""
-    topic: str
+    topic: str              # that it was sent to, also when this is a retry, which lies in %RETRY%group
     group: str
-    queue_id: int
+    queue_id: int           # this and the next two: of this delivery's record
     queue_offset: int
     position: int
     message_id: str
@@ -291,12 +296,18 @@ class Region:
     def set_subscription(self, name: str, text: bytes, generation: int = 0, record: bool = True) -> None:
         """What the group subscribes to from now on, as JSON. Raises GroupNotExist. ``record=False``: recovery, with the
         generation that the log says."""
+    def set_retry(self, name: str, text: bytes, generation: int = 0, record: bool = True) -> None:
+        """The group's retry policy from now on, as JSON; else as set_subscription."""
+    def retry_text(self, name: str) -> str:
+        """The group's retry policy as JSON; empty: the default one. Raises GroupNotExist."""
+    def wake_everybody(self) -> None:
+        """Whoever sleeps looks again: a queue has come into being that a sleeping consumer does not know."""
     def delete_group(self, name: str, record: bool = True) -> None: ...  # GroupInUse while a live client consumes in it
     def topics(self, *, exact: bool = False) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, queues: [{queue_id, slot, next_offset, first_offset, index_first, bytes}]."""
     def groups(self) -> list[dict[str, Any]]:
         """Each: name, group_id, slot, subscription (JSON), subscription_set: by set_subscription, not by its members,
-        subscription_generation, members: the slots of the clients that consume in it."""
+        subscription_generation, retry (JSON, empty: the default policy), retry_generation, members: the slots of the clients that consume in it."""
     def restore_queue(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         """Recovery only: a queue's next offset and the first the log still has; both only grow."""
     def restore_index(self, topic_id: int, queue_id: int, offset: int, positions: bytes) -> None:
@@ -437,6 +448,8 @@ class ConsumerCore:
     def _read_window(self, position: int) -> bytes: ...
     def _read_at(self, position: int) -> bytes | None: ...
     def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None: ...
+    def _max_deliveries(self, message: ReceivedMessage) -> int: ...
+    def _bury(self, messages: list[ReceivedMessage]) -> None: ...
 
 # ---- push consumers
 
@@ -477,3 +490,13 @@ class PushCore:
 
 def want_alone(change: int) -> None:
     """How many threads of this process want to run alone changes: others return from ``_run`` before their next message."""
+
+def move_message(
+    client: Client, message: ReceivedMessage, topic: str, properties: bytes, *, attempts: int, due_ns: int, timeout_ns: int
+) -> int | None:
+    """Append a copy for ``topic``, with these encoded properties and this number of deliveries, and acknowledge the message,
+    in one: the position that has to be flushed for both. None: there is no such topic. ``due_ns``: a TIMER record that is due
+    at that time of CLOCK_REALTIME; 0: a message. Waits ``timeout_ns`` for lock and room. Raises ReceiptExpired, BrokerBusy,
+    NoPermission, MessageTooLarge, StoreFull, StoreReadOnly, BrokerClosed: in all of them nothing was changed; BrokerFenced."""
+def durable_status(client: Client, end_position: int, timeout_ns: int) -> SendStatus:
+    """What a send that ends there answers: under SYNC_FLUSH, whether it was flushed within ``timeout_ns``."""

@@ -114,7 +114,7 @@ cdef class ConsumerCore(_Member):
     cdef list wait_in(self, Client client, uint32_t waiter, int64_t deadline_ns, Py_ssize_t room, uint32_t invisible_ms):
         """Until there are messages, or the deadline. Without a wait slot (all are taken) it looks every millisecond."""
         cdef sb_region *r
-        cdef uint32_t topics[TOPICS_MAX]
+        cdef uint32_t topics[TOPICS_MAX + 1]
         cdef uint32_t count
         cdef int64_t until
         cdef int code = SB_OK
@@ -159,7 +159,7 @@ cdef class ConsumerCore(_Member):
         cdef uint32_t count = 0
         cdef _Source source
         for source in self.sources:
-            if (count == 0 or slots[count - 1] != source.topic_slot) and count < TOPICS_MAX:
+            if (count == 0 or slots[count - 1] != source.topic_slot) and count <= TOPICS_MAX:  # and the retry topic
                 slots[count] = source.topic_slot
                 count += 1
         return count

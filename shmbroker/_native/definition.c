@@ -1,33 +1,25 @@
-/* definition.c: see definition.h. Fields of a FREE slot are written first; the append's effects make it LIVE together
- * with its record. A definer killed before that leaves a FREE slot with old letters in it, which nobody looks at. */
+/* definition.c: see definition.h; what is about groups alone: group.c. Fields of a FREE slot are written first; the append's
+ * effects make it LIVE together with its record. A definer killed before that leaves a FREE slot with old letters in it, which
+ * nobody looks at. */
 #include "definition.h"
 
 #include <stdio.h>
 #include <string.h>
 
+#include "change.h"
 #include "claim.h"
-#include "membership.h"
 #include "record.h"
 
-#define EFFECTS_MAX (2 * SB_QUEUES_PER_TOPIC_MAX + 8u) /* link and state of each queue, and the topic's own */
-#define BODY_BYTES 1024
-
-/* Effects are collected, then either appended with a record or (recovery) stored. */
-typedef struct {
-    sb_effect effect[EFFECTS_MAX];
-    uint32_t count;
-} change;
-
-static void change_word(change *c, sb_word *word, uint64_t desired)
+void sb_change_word(sb_change *c, sb_word *word, uint64_t desired)
 {
-    if (c->count < EFFECTS_MAX) {
+    if (c->count < SB_CHANGE_EFFECTS_MAX) {
         c->effect[c->count++] = (sb_effect){.word = word, .expected = sb_load(word), .desired = desired, .claim = 0};
     }
 }
 
-static int apply(sb_region *r, change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
+int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
 {
-    change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
+    sb_change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
     if (!record) {
         for (uint32_t i = 0; i < c->count; i++) {
             sb_store(c->effect[i].word, c->effect[i].desired);
@@ -43,6 +35,16 @@ static int apply(sb_region *r, change *c, uint8_t kind, const char *body, int re
         sb_append_wake(r, &item, 1);
     }
     return code;
+}
+
+void sb_change_free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
+{
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        sb_claims *claims = sb_claims_at(r, i);
+        if (claims->topic_id == topic_id || claims->group_id == group_id) {
+            sb_claims_give_up(claims, sb_load(&claims->state));
+        }
+    }
 }
 
 int sb_definition_lock(sb_region *r, int64_t deadline_ns)
@@ -140,7 +142,7 @@ static int free_topic(const sb_region *r, uint32_t *slot)
 
 /* Prepare queue numbers [have, wanted) behind slot `last` (SB_NIL: none yet). The queue's index keeps the block of its
  * former user until the first append replaces it. */
-static int add_queues(sb_region *r, uint32_t topic, uint32_t topic_id, uint32_t have, uint32_t wanted, sb_word *link, change *c)
+static int add_queues(sb_region *r, uint32_t topic, uint32_t topic_id, uint32_t have, uint32_t wanted, sb_word *link, sb_change *c)
 {
     uint32_t slot = 0;
     for (uint32_t queue_id = have; queue_id < wanted; queue_id++, slot++) {
@@ -160,8 +162,8 @@ static int add_queues(sb_region *r, uint32_t topic, uint32_t topic_id, uint32_t 
         sb_store(&q->first_offset, 0);
         sb_store(&q->bytes, 0);
         sb_store(&q->next_in_topic, SB_NIL);
-        change_word(c, link, slot);
-        change_word(c, &q->state, SB_SLOT_LIVE);
+        sb_change_word(c, link, slot);
+        sb_change_word(c, &q->state, SB_SLOT_LIVE);
         link = &q->next_in_topic;
     }
     return SB_OK;
@@ -171,8 +173,8 @@ static int define_topic_locked(sb_region *r, const char *name, uint32_t queues, 
                                int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
 {
     static const uint32_t default_permission = 6;
-    change c = {.count = 0};
-    char body[BODY_BYTES];
+    sb_change c = {.count = 0};
+    char body[SB_CHANGE_BODY_BYTES];
     uint32_t have = 0;
     sb_word *link;
     int exists = sb_topic_find(r, name, slot) == SB_OK;
@@ -206,19 +208,19 @@ static int define_topic_locked(sb_region *r, const char *name, uint32_t queues, 
         sb_store(&t->permission, 0);
         sb_store(&t->last_position, 0);
         if (topic_id >= next) {
-            change_word(&c, &sb_marks(r)->next_topic_id, (uint64_t)topic_id + 1);
+            sb_change_word(&c, &sb_marks(r)->next_topic_id, (uint64_t)topic_id + 1);
         }
     }
     int code = add_queues(r, *slot, topic_id, have, queues, link, &c);
     if (code != SB_OK) {
         return code;
     }
-    change_word(&c, &t->queue_count, queues);
-    change_word(&c, &t->permission, permission);
-    change_word(&c, &t->state, SB_SLOT_LIVE); /* behind all that a sender reads once it is LIVE */
+    sb_change_word(&c, &t->queue_count, queues);
+    sb_change_word(&c, &t->permission, permission);
+    sb_change_word(&c, &t->state, SB_SLOT_LIVE); /* behind all that a sender reads once it is LIVE */
     (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"topic_id\":%u,\"queues\":%u,\"permission\":%u}", name,
                    topic_id, queues, permission);
-    return apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
+    return sb_change_apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
 }
 
 int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t permission, uint32_t topic_id, int record,
@@ -235,17 +237,6 @@ int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t pe
     return code;
 }
 
-/* The claims of what is deleted go with it; receipts that are still out are refused. Killed before: the janitor does it. */
-static void free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
-{
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
-        sb_claims *claims = sb_claims_at(r, i);
-        if (claims->topic_id == topic_id || claims->group_id == group_id) {
-            sb_claims_give_up(claims, sb_load(&claims->state));
-        }
-    }
-}
-
 int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
 {
     uint32_t slot, slots[SB_QUEUES_PER_TOPIC_MAX];
@@ -255,121 +246,18 @@ int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline
     }
     code = sb_topic_find(r, name, &slot);
     if (code == SB_OK) {
-        change c = {.count = 0};
-        char body[BODY_BYTES];
+        sb_change c = {.count = 0};
+        char body[SB_CHANGE_BODY_BYTES];
         sb_topic *t = sb_topic_at(r, slot);
         uint32_t topic_id = t->topic_id, n = sb_topic_queues(r, slot, slots, SB_QUEUES_PER_TOPIC_MAX);
         for (uint32_t i = 0; i < n; i++) {
-            change_word(&c, &sb_queue_at(r, slots[i])->state, SB_SLOT_FREE);
+            sb_change_word(&c, &sb_queue_at(r, slots[i])->state, SB_SLOT_FREE);
         }
-        change_word(&c, &t->state, SB_SLOT_FREE);
+        sb_change_word(&c, &t->state, SB_SLOT_FREE);
         (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"topic_id\":%u}", name, topic_id);
-        code = apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
+        code = sb_change_apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
         if (code == SB_OK) {
-            free_claims(r, topic_id, SB_NIL);
-        }
-    }
-    sb_definition_unlock(r);
-    return code;
-}
-
-/* -- groups ------------------------------------------------------------------------------------------------------- */
-
-static int define_group_locked(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot,
-                               uint64_t *needed)
-{
-    if (sb_group_find(r, name, slot) == SB_OK) {
-        return group_id && group_id != sb_group_at(r, *slot)->group_id ? SB_EXISTS : SB_OK;
-    }
-    for (uint32_t i = 0; i < r->limits.groups; i++) {
-        sb_group *g = sb_group_at(r, i);
-        if (sb_load(&g->state) != SB_SLOT_FREE) {
-            continue;
-        }
-        change c = {.count = 0};
-        char body[BODY_BYTES];
-        uint64_t next = sb_load(&sb_marks(r)->next_group_id);
-        group_id = group_id ? group_id : (uint32_t)next;
-        g->group_id = group_id;
-        g->flags = 0;
-        memset(g->name, 0, sizeof g->name);
-        memcpy(g->name, name, strlen(name));
-        memset(g->subscription, 0, sizeof g->subscription);
-        sb_store(&g->subscription_set, 0);
-        change_word(&c, &g->state, SB_SLOT_LIVE);
-        if (group_id >= next) {
-            change_word(&c, &sb_marks(r)->next_group_id, (uint64_t)group_id + 1);
-        }
-        *slot = i;
-        (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
-        return apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
-    }
-    return SB_TABLE_FULL;
-}
-
-int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
-{
-    if (strlen(name) >= SB_NAME_BYTES) {
-        return SB_INVALID;
-    }
-    int code = sb_definition_lock(r, deadline_ns);
-    if (code == SB_OK) {
-        code = define_group_locked(r, name, group_id, record, deadline_ns, slot, needed);
-        sb_definition_unlock(r);
-    }
-    return code;
-}
-
-int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
-                              uint64_t *needed)
-{
-    uint32_t slot;
-    if (strlen(text) >= SB_SUBSCRIPTION_BYTES) {
-        return SB_INVALID;
-    }
-    int code = sb_definition_lock(r, deadline_ns);
-    if (code != SB_OK) {
-        return code;
-    }
-    code = sb_group_find(r, name, &slot);
-    if (code == SB_OK) {
-        change c = {.count = 0};
-        char body[BODY_BYTES];
-        sb_group *g = sb_group_at(r, slot);
-        generation = record ? sb_load(&g->subscription_generation) + 1 : generation;
-        sb_group_prepare_subscription(r, slot, generation, text); /* nobody looks at it before the record is there */
-        change_word(&c, &g->subscription_generation, generation); /* SYNC: subscription */
-        change_word(&c, &g->subscription_set, 1);
-        (void)snprintf(body, sizeof body,
-                       "{\"op\":\"define\",\"name\":\"%s\",\"group_id\":%u,\"generation\":%llu,\"subscription\":%s}", name, g->group_id,
-                       (unsigned long long)generation, text);
-        code = apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
-    }
-    sb_definition_unlock(r);
-    return code;
-}
-
-int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
-{
-    uint32_t slot;
-    int code = sb_definition_lock(r, deadline_ns);
-    if (code != SB_OK) {
-        return code;
-    }
-    code = sb_group_find(r, name, &slot);
-    if (code == SB_OK && sb_group_in_use(r, slot)) { /* its claims would be freed under their holders */
-        code = SB_IN_USE;
-    }
-    if (code == SB_OK) {
-        change c = {.count = 0};
-        char body[BODY_BYTES];
-        sb_group *g = sb_group_at(r, slot);
-        uint32_t group_id = g->group_id;
-        change_word(&c, &g->state, SB_SLOT_FREE);
-        (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
-        code = apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
-        if (code == SB_OK) {
-            free_claims(r, SB_NIL, group_id);
+            sb_change_free_claims(r, topic_id, SB_NIL);
         }
     }
     sb_definition_unlock(r);

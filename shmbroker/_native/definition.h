@@ -25,6 +25,9 @@ int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int recor
  * with record 0 `generation`. SB_OK | SB_NOT_FOUND | SB_INVALID: too long | codes of sb_append */
 int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
                               uint64_t *needed);
+/* The same for its retry policy. */
+int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
+                       uint64_t *needed);
 /* As sb_topic_delete | SB_IN_USE: a live client consumes in it */
 int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed);
 

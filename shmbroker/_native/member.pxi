@@ -127,16 +127,25 @@ cdef class _Member(_QueueReader):
             if not route.permission & 4:
                 raise _errors.NoPermission(
                     f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
-            self.open_sources(r, route, known, tag_filter, sources)
+            self.open_sources(r, route, known, tag_filter, self.from_last, sources)
+        retries = self.retry_topic()
+        route = None if retries in self.filters else find_route(r, retries)
+        if route is not None:  # from the first on: no retry may be skipped; and without a filter, the original passed it
+            self.open_sources(r, route, known, None, False, sources)
         self.sources = sources
         self.generation = generation
         return 0
 
-    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, list sources) except -1:
+    cdef str retry_topic(self):
+        """Every member reads it, though nobody subscribes to it; it comes into being with the group's first retry."""
+        return _naming.RETRY_PREFIX + self.group
+
+    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, bint from_last,
+                          list sources) except -1:
         cdef uint32_t tables[SB_QUEUES_PER_TOPIC_MAX]
         cdef uint64_t lives[SB_QUEUES_PER_TOPIC_MAX]
         cdef uint32_t group = self.group_slot, i
-        cdef int code, from_last = self.from_last
+        cdef int code
         cdef _Source source
         with nogil:
             code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
@@ -167,5 +176,6 @@ cdef class _Member(_QueueReader):
         source.topic_slot = sb_queue_at(r, source.queue_slot).topic_slot
         source.topic_id = route.topic_id
         source.queue_id = queue_id
+        source.retries = route.name == self.retry_topic()
         source.cursor.block = SB_NIL
         return source

@@ -31,26 +31,37 @@ int sb_group_in_use(const sb_region *r, uint32_t group)
     return group < r->limits.groups && has_live_member(r, sb_group_at(r, group), SB_NIL, 0);
 }
 
-uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
+static uint64_t read_text(const sb_word *generation_word, const char texts[2][SB_SUBSCRIPTION_BYTES], char *text)
 {
-    const sb_group *g = sb_group_at(r, group);
     for (;;) {
-        uint64_t generation = sb_load(&g->subscription_generation); /* SYNC: subscription */
-        sb_racy_copy(text, g->subscription[generation & 1], SB_SUBSCRIPTION_BYTES);
+        uint64_t generation = sb_load(generation_word); /* SYNC: subscription */
+        sb_racy_copy(text, texts[generation & 1], SB_SUBSCRIPTION_BYTES);
         text[SB_SUBSCRIPTION_BYTES - 1] = '\0';
         sb_fence();
-        if (sb_load(&g->subscription_generation) == generation) { /* else its place may be the next but one's by now */
+        if (sb_load(generation_word) == generation) { /* else its place may be the next but one's by now */
             return generation;
         }
     }
 }
 
-void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t generation, const char *text)
+uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
+{
+    const sb_group *g = sb_group_at(r, group);
+    return read_text(&g->subscription_generation, g->subscription, text);
+}
+
+uint64_t sb_group_retry(const sb_region *r, uint32_t group, char *text)
+{
+    const sb_group *g = sb_group_at(r, group);
+    return read_text(&g->retry_generation, g->retry, text);
+}
+
+void sb_group_prepare_text(char *place, const char *text)
 {
     char padded[SB_SUBSCRIPTION_BYTES] = {0};
     memcpy(padded, text, strlen(text));
     sb_fence();
-    sb_racy_copy(sb_group_at(r, group)->subscription[generation & 1], padded, sizeof padded);
+    sb_racy_copy(place, padded, sizeof padded);
 }
 
 int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
@@ -75,7 +86,8 @@ int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot,
         for (uint32_t i = 0; i < SB_CLIENT_WORDS; i++) {
             sb_store(&g->members[i], 0); /* the dead, and those of a deleted group in this slot */
         }
-        sb_group_prepare_subscription(r, group, ++*generation, text); /* a kill behind it leaves the old one in force */
+        ++*generation;
+        sb_group_prepare_text(g->subscription[*generation & 1], text); /* a kill behind it leaves the old one in force */
         sb_store(&g->subscription_generation, *generation); /* SYNC: subscription */
     }
     if (code == SB_OK) {

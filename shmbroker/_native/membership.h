@@ -12,10 +12,11 @@
 int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
                   int64_t deadline_ns, uint64_t *generation);
 void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot);
-/* A copy of the subscription in force, SB_SUBSCRIPTION_BYTES with its NUL; returns its generation. No lock. */
+/* A copy of the subscription, or retry policy, in force, SB_SUBSCRIPTION_BYTES with its NUL; returns its generation. No lock. */
 uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text);
-/* Where the text of `generation` stands; to be written before the generation is stored, under the definition lock. */
-void sb_group_prepare_subscription(sb_region *r, uint32_t group, uint64_t generation, const char *text);
+uint64_t sb_group_retry(const sb_region *r, uint32_t group, char *text);
+/* `place`: where the text of a generation stands; to be written before the generation is stored, under the definition lock. */
+void sb_group_prepare_text(char *place, const char *text);
 /* Does a live client consume in it? Under the definition lock the answer stands until the lock is given back. */
 int sb_group_in_use(const sb_region *r, uint32_t group);
 

@@ -49,11 +49,12 @@ cdef class Message:
     cdef readonly object delay_level
     cdef readonly object delay
     cdef readonly object deliver_at
+    cdef readonly object retry
     cdef bytes encoded_properties
     cdef bint delayed
 
     def __init__(self, topic, body, *, tags=None, keys=None, properties=None, bint wait_store_ok=True,
-                 delay_level=None, delay=None, deliver_at=None):
+                 delay_level=None, delay=None, deliver_at=None, retry=None):
         if self.topic is not None:
             raise TypeError("a Message is immutable")  # a send may be reading it without the GIL
         self.topic = <str>topic if is_plain_topic(topic) else _naming.check_topic(topic)
@@ -70,6 +71,9 @@ cdef class Message:
         if delay_level is not None or delay is not None or deliver_at is not None:
             self.delay_level, self.delay, self.deliver_at = _rules.check_delay(delay_level, delay, deliver_at)
             self.delayed = True
+        self.retry = retry
+        if retry is not None:
+            self.encoded_properties = (self.encoded_properties or b"") + _rules.retry_property(retry)
 
     def __repr__(self):
         return f"Message({self.topic!r}, {len(self.body)} bytes, tags={self.tags!r}, keys={self.keys!r})"

@@ -285,6 +285,8 @@ cdef extern from "definition.h" nogil:
                         uint64_t *needed)
     int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
                                   int64_t deadline_ns, uint64_t *needed)
+    int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
+                           int64_t deadline_ns, uint64_t *needed)
     int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
     int sb_definition_lock(sb_region *r, int64_t deadline_ns)
     void sb_definition_unlock(sb_region *r)
@@ -294,6 +296,7 @@ cdef extern from "membership.h" nogil:
                       int64_t deadline_ns, uint64_t *generation)
     void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
     uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
+    uint64_t sb_group_retry(const sb_region *r, uint32_t group, char *text)
 
 cdef extern from "queue_index.h" nogil:
     int sb_index_restore(sb_region *r, uint32_t queue, uint64_t offset, const uint64_t *positions, uint32_t count)

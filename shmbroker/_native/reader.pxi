@@ -1,5 +1,5 @@
 # reader.pxi: _QueueReader, how messages of a group's queues are found, claimed and copied: from the ring, or from the files
-# when the reader lags. Nothing in here sleeps; the GIL is held throughout.
+# when the reader lags. Nothing in here sleeps, but for what is buried instead of delivered; the GIL is held throughout.
 
 cdef enum:
     RUN_MAX = 128         # positions asked for at a time: an index block
@@ -36,6 +36,7 @@ cdef class _QueueReader:
     cdef list sources
     cdef uint32_t turn
     cdef bint stalled            # the files did not have yet what the index no longer has
+    cdef list spent              # claimed messages that have had all their deliveries; None: none
     cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
@@ -73,6 +74,14 @@ cdef class _QueueReader:
         raise NotImplementedError
 
     def _report_lost(self, str topic, uint32_t queue_id, uint64_t first, uint64_t count):
+        raise NotImplementedError
+
+    def _max_deliveries(self, ReceivedMessage message):
+        """How often this message, which was delivered before, may be delivered to the group."""
+        raise NotImplementedError
+
+    def _bury(self, list messages):
+        """These have had all their deliveries: put them into the group's dead-letter queue; hold what cannot be moved now."""
         raise NotImplementedError
 
     # -- one message
@@ -113,8 +122,19 @@ cdef class _QueueReader:
         message.source = source
         message.receipt = claim.word
         message.fork_generation = sb_fork_generation
-        out.append(message)
+        if self.is_spent(message):
+            self.spent = self.spent or []
+            self.spent.append(message)
+        else:
+            out.append(message)
         return 0
+
+    cdef bint is_spent(self, ReceivedMessage message) except -1:
+        """It has had all its deliveries, however they ended: by an answer, a timeout or the death of a process."""
+        cdef uint32_t delivered = message.attempts()
+        if delivered and not sb_claim_is_prefetched(message.receipt):
+            delivered -= 1  # the one that would be made now
+        return delivered > 0 and delivered >= <uint32_t>self._max_deliveries(message)
 
     cdef int lose(self, sb_region *r, _Source source, sb_claim *claim) except -1:
         """Claimed, but the log no longer has it: counted and said, never silent."""
@@ -260,6 +280,9 @@ cdef class _QueueReader:
             if look.claimed:
                 source.give_back(look.claim.offset, look.claim.word)
             give_back(out)
+            if self.spent is not None:
+                give_back(self.spent)
+                self.spent = None
             raise
         return 0
 
@@ -366,6 +389,16 @@ cdef class _QueueReader:
             sb_claim_base(r, source.table)
         return code if stops(code) else SB_OK
 
+    cdef int bury(self, list out) except -1:
+        cdef list spent = self.spent
+        self.spent = None
+        try:
+            self._bury(spent)
+        except BaseException:
+            give_back(out)
+            raise
+        return 0
+
     cdef list collect(self, sb_region *r, Py_ssize_t room, uint32_t invisible_ms):
         """Claimed messages, at most ``room``. invisible_ms 0: they are prefetched, not delivered."""
         cdef list out = []
@@ -394,6 +427,8 @@ cdef class _QueueReader:
             for source in sources:
                 if len(out) < self.idle_room:
                     self.look_in(r, source, &look, min(room, self.idle_room), out)
+        if self.spent is not None:
+            self.bury(out)
         if self.corrupt is not None and not out:
             error, self.corrupt = self.corrupt, None
             raise error

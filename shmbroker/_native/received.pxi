@@ -5,6 +5,7 @@ cdef extern from "claim.h" nogil:
         uint64_t offset
         uint64_t word
     uint32_t sb_claim_attempts(uint64_t word)
+    bint sb_claim_is_prefetched(uint64_t word)
     uint32_t sb_claim_deadline_after(uint32_t now_ms, uint32_t invisible_ms)
     int sb_claim_take(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t slot, uint32_t now_ms,
                       uint32_t deadline_ms, sb_claim *claim)
@@ -77,6 +78,7 @@ cdef class _Source:
     cdef uint32_t topic_id, queue_id
     cdef sb_cursor cursor
     cdef _TagFilter filter  # None: every message
+    cdef bint retries      # the group's own %RETRY% topic: copies that say where they come from, with the deliveries so far
     cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
     cdef uint64_t entries_first
     cdef uint32_t ahead        # messages that a push consumer has prefetched and is not done with, and their bytes
@@ -128,7 +130,7 @@ cdef class ReceivedMessage:
     @property
     def topic(self):
         self.header()
-        return self.source.topic
+        return self.properties.get("RETRY_TOPIC", self.source.topic) if self.source.retries else self.source.topic
 
     @property
     def group(self):
@@ -172,9 +174,14 @@ cdef class ReceivedMessage:
         cdef Py_ssize_t start = <Py_ssize_t>h.tags_bytes + h.keys_bytes + h.properties_bytes
         return self.part(start, h.size - SB_RECORD_HEADER - start)
 
+    cdef uint32_t attempts(self) except? 0xffffffff:
+        """Deliveries to this group, this claim included unless it is only prefetched."""
+        cdef uint32_t before = self.header().attempts if self.source.retries else 0
+        return before + sb_claim_attempts(self.receipt)
+
     @property
     def delivery_attempt(self):
-        return self.header().attempts + sb_claim_attempts(self.receipt)
+        return self.attempts()
 
     @property
     def born_timestamp(self):

@@ -28,6 +28,7 @@ cdef extern from "layout.h" nogil:
         SB_RECORD_VERSION
         SB_KIND_MESSAGE
         SB_KIND_FILLER
+        SB_KIND_TIMER
         SB_KIND_LAST
         SB_FLAG_GROUP
 

@@ -398,7 +398,7 @@ cdef class Region:
         cdef sb_region *r = self.open()
         cdef bytes encoded = name.encode()
         cdef const char *c_name = encoded
-        cdef bint topic = what.endswith("topic"), delete = what.startswith("deleting")
+        cdef bint topic = what.endswith("topic"), delete = what.startswith("deleting"), retry = "retry" in what
         cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS, slice
         cdef uint64_t needed = 0
         cdef int code = SB_TIMEOUT
@@ -406,7 +406,9 @@ cdef class Region:
             check_signals()
             slice = min(deadline, sb_now_ns() + SLICE_NS)
             with nogil:
-                if text != NULL:
+                if text != NULL and retry:
+                    code = sb_group_set_retry(r, c_name, text, number, record, slice, &needed)
+                elif text != NULL:
                     code = sb_group_set_subscription(r, c_name, text, number, record, slice, &needed)
                 elif topic and delete:
                     code = sb_topic_delete(r, c_name, record, slice, &needed)
@@ -457,6 +459,23 @@ cdef class Region:
         cdef uint32_t slot = 0
         if self.define("subscribing group", name, 0, 0, generation, record, &slot, text) == SB_NOT_FOUND:
             raise _errors.GroupNotExist(f"group {name!r} does not exist")
+
+    def set_retry(self, str name, bytes text not None, uint32_t generation=0, bint record=True):
+        cdef uint32_t slot = 0
+        if self.define("setting the retry policy of group", name, 0, 0, generation, record, &slot, text) == SB_NOT_FOUND:
+            raise _errors.GroupNotExist(f"group {name!r} does not exist")
+
+    def retry_text(self, str name):
+        cdef char text[SB_SUBSCRIPTION_BYTES]
+        cdef uint32_t slot = 0
+        cdef bytes encoded = name.encode()
+        if sb_group_find(self.open(), encoded, &slot) != SB_OK:
+            raise _errors.GroupNotExist(f"group {name!r} does not exist")
+        sb_group_retry(&self.r, slot, text)
+        return text.decode("ascii", "replace")
+
+    def wake_everybody(self):
+        sb_wake_everybody(self.open())
 
     def delete_group(self, str name, bint record=True):
         cdef uint32_t slot = 0
@@ -546,18 +565,21 @@ cdef class Region:
     def groups(self):
         cdef sb_region *r = self.open()
         cdef uint32_t i
-        cdef uint64_t generation
+        cdef uint64_t generation, retry_generation
         cdef char text[SB_SUBSCRIPTION_BYTES]
+        cdef char retry[SB_SUBSCRIPTION_BYTES]
         cdef sb_group *g
         result = []
         for i in range(r.limits.groups):
             g = sb_group_at(r, i)
             if sb_load(&g.state) == SB_SLOT_LIVE:
                 generation = sb_group_subscription(r, i, text)
+                retry_generation = sb_group_retry(r, i, retry)
                 result.append({
                     "name": g.name.decode("ascii", "replace"), "group_id": g.group_id, "slot": i,
                     "subscription": text.decode("ascii", "replace"), "subscription_set": bool(sb_load(&g.subscription_set)),
                     "subscription_generation": generation,
+                    "retry": retry.decode("ascii", "replace"), "retry_generation": retry_generation,
                     "members": [c for c in range(r.limits.clients) if sb_load(&g.members[c // 64]) >> (c % 64) & 1],
                 })
         return result

@@ -7,6 +7,7 @@ idempotent, so it does not matter that a snapshot's records stand between those 
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -121,6 +122,9 @@ class Restoration:
             if group.subscription:
                 text = subscription_text(group.subscription)
                 region.set_subscription(group.name, text, group.generation, record=False)
+            if group.retry:
+                text = json.dumps(dict(group.retry), sort_keys=True, separators=(",", ":")).encode()
+                region.set_retry(group.name, text, group.retry_generation, record=False)
         for word, value in self._next_ids.items():
             region.raise_to(word, value)
         # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what
@@ -172,7 +176,7 @@ class Restoration:
             self._deleted_groups.add(body.group_id)
         elif body.group_id not in self._deleted_groups:
             known = self._groups.get(body.group_id, body)
-            self._groups[body.group_id] = max(known, body, key=_generation)
+            self._groups[body.group_id] = known.merged(body)
 
     def _raise_offsets(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         have = self._offsets.get((topic_id, queue_id), (0, 0))
@@ -207,10 +211,6 @@ class Restoration:
             region.remember_id(*identity, given=True)
         for identity in sorted(set(self._dedup), key=_position_of)[-room:]:
             region.remember_id(*identity)
-
-
-def _generation(body: GroupBody) -> int:
-    return body.generation
 
 
 def _position_of(identity: Id) -> int:

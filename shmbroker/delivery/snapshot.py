@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from shmbroker._native._core import Region
@@ -76,10 +77,13 @@ def _topic_body(topic: dict[str, Any]) -> bytes:
 
 
 def _group_body(group: dict[str, Any]) -> bytes:
-    ids = group["name"], group["group_id"]
-    if not group["subscription_set"]:
-        return GroupBody(*ids).encode()
-    return GroupBody(*ids, json.loads(group["subscription"]), group["subscription_generation"]).encode()
+    body = GroupBody(group["name"], group["group_id"])
+    if group["subscription_set"]:
+        subscription = json.loads(group["subscription"])
+        body = replace(body, subscription=subscription, generation=group["subscription_generation"])
+    if group["retry"]:
+        body = replace(body, retry=json.loads(group["retry"]), retry_generation=group["retry_generation"])
+    return body.encode()
 
 
 def _record_bytes(body: bytes) -> int:
