@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from shmbroker._native._core import Lane, want_alone
+from shmbroker._native._core import Lane, hold_back
 
 LOOK_SECONDS: Final = 0.05  # whoever waits here looks so often whether it is still wanted, or somebody's time is over
 
@@ -24,56 +24,68 @@ class Floor:
     """Guarded by one condition. Threads come and go once for many messages, so its cost does not matter."""
 
     def __init__(self) -> None:
-        self._asking = 0
         self.reset()
 
     def reset(self) -> None:
         """As new; in a forked child, since the threads that were on it exist in the parent only."""
-        want_alone(-self._asking)
         self._changed = threading.Condition()
         self._running: set[Lane] = set()
         self._asking = 0
-        self._alone = False
+        self._alone: Lane | None = None
+        hold_back(False)
 
     @contextmanager
     def together(self, lane: Lane, unwanted: Callable[[], bool]) -> Iterator[bool]:
         """Run beside others. False: ``unwanted`` before that was possible."""
         with self._changed:
-            while (self._asking or self._alone) and not unwanted():
+            while self._is_closed() and not unwanted():
                 self._changed.wait(LOOK_SECONDS)
-            entered = not (self._asking or self._alone)
+            entered = not self._is_closed()
             if entered:
                 self._running.add(lane)
+                hold_back(False)
         try:
             yield entered
         finally:
             with self._changed:
                 self._running.discard(lane)
-                if self._asking:
-                    self._changed.notify_all()
+                self._tell()
 
     @contextmanager
-    def alone(self, unwanted: Callable[[], bool]) -> Iterator[bool]:
+    def alone(self, lane: Lane, unwanted: Callable[[], bool]) -> Iterator[bool]:
         """Run beside nobody. False: ``unwanted`` before that was possible."""
         with self._changed:
             self._asking += 1
-            want_alone(1)
+            hold_back(True)
             while self._is_taken() and not unwanted():
                 self._changed.wait(LOOK_SECONDS)
             self._asking -= 1
-            want_alone(-1)
             entered = not self._is_taken()
-            self._alone = self._alone or entered
-            self._changed.notify_all()
+            if entered:
+                self._alone = lane
+            self._tell()
         try:
             yield entered
         finally:
             with self._changed:
-                self._alone = self._alone and not entered
-                self._changed.notify_all()
+                if self._alone is lane:
+                    self._alone = None
+                self._tell()
 
     def _is_taken(self) -> bool:
-        return self._alone or any(lane.holds_claims for lane in self._running)
+        """Somebody runs whom a crash would charge."""
+        return self._is_alone() or any(not lane.overran for lane in self._running)
+
+    def _is_alone(self) -> bool:
+        return self._alone is not None and not self._alone.overran
+
+    def _is_closed(self) -> bool:
+        """Somebody runs alone, or wants to."""
+        return self._asking > 0 or self._is_alone()
+
+    def _tell(self) -> None:
+        hold_back(self._is_closed())
+        self._changed.notify_all()
 
 
 floor = Floor()  # the process's: a crash ends all of its consumers, whatever their groups

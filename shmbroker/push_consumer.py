@@ -21,6 +21,7 @@ from shmbroker import listening
 from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMessage
 from shmbroker.consumer import ConsumerHome, SimpleConsumer
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
+from shmbroker.send_back import SendBack
 from shmbroker.status import ConsumeStatus
 
 logger = logging.getLogger("shmbroker.push_consumer")
@@ -107,6 +108,7 @@ class PushConsumer(PushCore):
         self.late = 0
         self.error: BaseException | None = None
         self._consumer = consumer
+        self._sender = SendBack(home, consumer)
         self._pid = os.getpid()
         self._most_renewals = -1 if max_renewals is None else max_renewals
         self._look_seconds = max(RENEWAL_LOOK_MIN_SECONDS, consume_timeout / RENEWAL_LOOKS)
@@ -247,7 +249,7 @@ class PushConsumer(PushCore):
         with listening.floor.together(lane, self._unwanted) as entered:
             suspect = entered and self._run(lane, False)
         if suspect:
-            with listening.floor.alone(self._unwanted) as entered:
+            with listening.floor.alone(lane, self._unwanted) as entered:
                 if entered:
                     self._run(lane, True)
 
@@ -317,7 +319,7 @@ class PushConsumer(PushCore):
     # ---- called by the native core for what is not the common case
 
     def _send_back(self, message: ReceivedMessage, level: int, error: str | None) -> None:
-        self._consumer.change_invisible_duration(message, 10.0)
+        self._sender.later(message, level=level, error=error)
 
     def _report_failure(self, messages: Sequence[ReceivedMessage], error: BaseException | None, result: object) -> None:
         if error is not None:

@@ -23,7 +23,7 @@ from shmbroker.errors import ConfigError
 from shmbroker.tools.exit_codes import ExitCode
 
 # A process that died is started again at once; one that keeps dying waits, each time longer.
-PAUSES: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
+PAUSES: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SOUND_SECONDS: Final = 30.0  # who has lived for so long begins at the first pause again
 KILL_SECONDS: Final = 5.0  # beyond await_termination, until a process is killed that does not end
 HOPELESS: Final = (ExitCode.USAGE, ExitCode.REFUSED)  # no second try changes it

@@ -466,7 +466,7 @@ class Lane:
     """One listener thread's: what it has prefetched, and what its listener works on."""
     renewals: int       # of the claims that the listener has now
     empty: bool         # nothing is prefetched that was not begun
-    holds_claims: bool  # the listener has messages, and their time is not over
+    overran: bool       # the time of what the listener has is over
     def __init__(self, group: str) -> None: ...
 
 class PushCore:
@@ -488,8 +488,8 @@ class PushCore:
     def _report_held(self, message: ReceivedMessage, error: BaseException) -> None: ...
     def _report_unwritten(self, error: BaseException) -> None: ...
 
-def want_alone(change: int) -> None:
-    """How many threads of this process want to run alone changes: others return from ``_run`` before their next message."""
+def hold_back(held: bool) -> None:
+    """Whether threads of this process return from ``_run`` before their next message, but for one that runs alone."""
 
 def move_message(
     client: Client, message: ReceivedMessage, topic: str, properties: bytes, *, attempts: int, due_ns: int, timeout_ns: int

@@ -15,7 +15,7 @@ cdef enum:
 cdef int64_t SETTLED_NS = 1_000_000   # the base follows a slow listener message by message
 cdef int64_t ALL_SUCCEEDED = 0x7fffffff
 cdef uint32_t HOLD_MS = 5_000  # until a failed message comes again whose retry could not be stored (RocketMQ's figure)
-cdef int alone_wanted = 0  # threads of this process that have a message which must run alone
+cdef bint held_back = False  # no thread of this process begins a message, but for one that runs alone
 
 
 cdef class ConsumeContext:
@@ -58,9 +58,9 @@ cdef class Lane:
         return self.begun >= len(self.ahead)
 
     @property
-    def holds_claims(self):
-        """Whether a death of this process would charge an attempt to what the listener has: its time is not over yet."""
-        return self.deadline_ms != 0 and <int32_t>(<uint32_t>(sb_now_ns() // 1_000_000) - self.deadline_ms) < 0
+    def overran(self):
+        """The listener's time is over: a death of this process would charge no attempt to what it has."""
+        return self.deadline_ms != 0 and <int32_t>(<uint32_t>(sb_now_ns() // 1_000_000) - self.deadline_ms) >= 0
 
 
 cdef class PushCore:
@@ -156,7 +156,7 @@ cdef class PushCore:
         cdef int64_t now = sb_now_ns()
         lane.settled_ns = now
         try:
-            while lane.begun < len(lane.ahead) and not consumer.called_off and (alone or not alone_wanted):
+            while lane.begun < len(lane.ahead) and not consumer.called_off and (alone or not held_back):
                 message = <ReceivedMessage>lane.ahead[lane.begun]
                 if not alone and sb_claim_attempts(message.receipt):
                     return True
@@ -350,7 +350,7 @@ cdef inline int let_go(ReceivedMessage message) except -1:
     return 0
 
 
-def want_alone(int change):
-    """How many threads want to be alone in this process: others return from ``_run`` before their next message."""
-    global alone_wanted
-    alone_wanted += change
+def hold_back(bint held):
+    """Whether threads of this process return from ``_run`` before their next message, but for one that runs alone."""
+    global held_back
+    held_back = held

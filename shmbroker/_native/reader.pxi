@@ -148,7 +148,6 @@ cdef class _QueueReader:
         cdef sb_record header
         cdef int code, from_files
         cdef uint32_t size
-        cdef Py_ssize_t before = len(out)
         if look.bytes_left <= 0:
             return SB_NO_SPACE
         code = sb_ring_peek(r, position, &header)
@@ -162,17 +161,15 @@ cdef class _QueueReader:
         size = header.size if code == SB_OK else 0
         code = self.claim(r, source, offset, look)
         if code == SB_OK:
-            code = self.fetch(r, source, position, size, &look.claim, out)
+            code = self.fetch(r, source, position, size, look, out)
             look.claimed = False
             look.bytes_left -= size
-            if look.deadline_ms == 0 and len(out) == before:  # unreadable: else it would be prefetched for ever
-                sb_claim_renew(r, source.table, offset, look.claim.word, self.client.slot,
-                               sb_claim_deadline_after(look.now_ms, UNREADABLE_MS), &look.claim)
         return code
 
-    cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, sb_claim *claim, list out) except -100:
+    cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, Look *look, list out) except -100:
         """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible
         time is over; its neighbours are delivered. SB_OK or SB_GONE."""
+        cdef sb_claim *claim = &look.claim
         cdef bytes record = None
         cdef const uint8_t *data
         cdef int code = SB_END
@@ -190,6 +187,7 @@ cdef class _QueueReader:
             except _errors.CorruptLog as error:
                 self.corrupt = error
                 note_damage(r, position)
+                self.set_aside(r, source, look)
                 return SB_OK
         if record is not None and source.is_message(<const sb_record *>PyBytes_AS_STRING(record), claim.offset):
             self.accept(r, source, record, claim, out)
@@ -201,7 +199,14 @@ cdef class _QueueReader:
             self.corrupt = _errors.CorruptLog(
                 f"the record at position {position} is not message {claim.offset} of queue {source.queue_id} of topic "
                 f"{source.topic!r}: `shmbroker log rebuild` compares the consume queue with the log", position=position)
+            self.set_aside(r, source, look)
         return SB_OK
+
+    cdef void set_aside(self, sb_region *r, _Source source, Look *look) noexcept:
+        """What cannot be read must not be prefetched again and again: it is held for a while."""
+        if look.deadline_ms == 0:
+            sb_claim_renew(r, source.table, look.claim.offset, look.claim.word, self.client.slot,
+                           sb_claim_deadline_after(look.now_ms, UNREADABLE_MS), &look.claim)
 
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
