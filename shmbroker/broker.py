@@ -19,11 +19,12 @@ from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connec
 from shmbroker.config import Config, load
 from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
 from shmbroker.log_files import LogFiles
-from shmbroker.naming import PERMISSIONS, BrokerPaths, check_group, check_topic, permission_name
+from shmbroker.naming import PERMISSIONS, RETRY_PREFIX, BrokerPaths, check_group, check_topic, permission_name
 from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
 
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
+    from shmbroker.dead_letters import DeadLetters
     from shmbroker.producer import Producer
     from shmbroker.push_consumer import Listener, PushConsumer
 
@@ -207,6 +208,12 @@ class Broker:
         define_topics(self.region, tags, self.config)
         self.region.set_subscription(group, text)
 
+    def dead_letters(self, group: str) -> DeadLetters:
+        """The group's dead letters, to be read, sent again or given up. Raises TopicNotExist if it never had any."""
+        from shmbroker.dead_letters import DeadLetters
+
+        return self._adopt(DeadLetters(self, check_group(group)))
+
     def create_group(self, name: str, retry: RetryPolicy | None = None) -> None:
         """Make a consumer group before its first consumer does. Raises NameIllegal, LimitReached, BadRequest.
 
@@ -226,11 +233,15 @@ class Broker:
         self.region.set_retry(check_group(group), (retry or DEFAULT_POLICY).encode().encode())
 
     def delete_group(self, name: str) -> None:
-        """Delete a consumer group and its progress; it keeps no log any more. Raises GroupNotExist, GroupInUse.
+        """Delete a consumer group, its progress and its retries; it keeps no log any more. Its dead letters stay.
 
-        A group that is made again under this name begins like a new one.
+        A group that is made again under this name begins like a new one. Raises GroupNotExist, GroupInUse.
         """
         self.region.delete_group(check_group(name))
+        if (
+            self._find_topic(RETRY_PREFIX + name) is not None
+        ):  # killed before: retries that wait for a group of this name
+            self.region.delete_topic(RETRY_PREFIX + name)
 
     def topics(self) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes.

@@ -38,6 +38,9 @@ HOLD_SECONDS: Final = 5.0
 BY_POLICY: Final = 0
 DEAD_LETTER: Final = -1
 ERROR_CHARACTERS_MAX: Final = 500
+BOOKKEEPING: Final = frozenset(
+    "RETRY_TOPIC ORIGIN_MESSAGE_ID RETRY_FIRST_ERROR RETRY_LAST_ERROR DLQ_ORIGIN_TOPIC DLQ_ORIGIN_MESSAGE_ID".split()
+)
 _TRIES: Final = 3  # of a topic that somebody deletes meanwhile
 _UNPRINTABLE: Final = {1: " ", 2: " "}  # they separate properties
 
@@ -69,7 +72,7 @@ class SendBack:
             delay = policy.delay(attempts, self._levels) if level == BY_POLICY else level_delay(level, self._levels)
             due_ns = time.time_ns() + round(delay * 1e9) if delay else 0
             end = self._move(message, RETRY_PREFIX, due_ns, attempts, _bookkeeping(message, error))
-        return durable_status(self._core.client, end, self._home.config.runtime.sync_flush_timeout_ms * 1_000_000)
+        return self.settled(end)
 
     def bury(self, messages: list[ReceivedMessage]) -> None:
         """These were claimed after their last delivery had failed: to the DLQ, with nobody being told of it.
@@ -115,8 +118,13 @@ class SendBack:
     def _move(
         self, message: ReceivedMessage, prefix: str, due_ns: int, attempts: int, properties: Mapping[str, str]
     ) -> int:
-        """Returns the position that has to be flushed for the move to be durable."""
-        client, topic = self._core.client, prefix + self._core.group
+        return self.copy_to(prefix + self._core.group, message, due_ns, attempts, properties)
+
+    def copy_to(
+        self, topic: str, message: ReceivedMessage, due_ns: int, attempts: int, properties: Mapping[str, str]
+    ) -> int:
+        """Move it to ``topic``, made if there is none. Returns the position that has to be flushed for the move."""
+        client = self._core.client
         timeout_ns = self._home.config.runtime.send_timeout_ms * 1_000_000
         encoded = encode_properties(properties)
         for _ in range(_TRIES):
@@ -132,6 +140,16 @@ class SendBack:
             client.region.wake_everybody()
             self._told.add(topic)
         return end
+
+    def settled(self, end_position: int) -> SendStatus:
+        """How durable a move that ends there is, as the answer to a send."""
+        timeout_ns = self._home.config.runtime.sync_flush_timeout_ms * 1_000_000
+        return durable_status(self._core.client, end_position, timeout_ns)
+
+
+def original_properties(properties: Mapping[str, str]) -> dict[str, str]:
+    """What the sender has given to a message that was moved since."""
+    return {name: value for name, value in properties.items() if name not in BOOKKEEPING}
 
 
 def encode_properties(properties: Mapping[str, str]) -> bytes:

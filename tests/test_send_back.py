@@ -270,3 +270,17 @@ def test_under_sync_flush_a_move_tells_whether_it_is_on_the_disk(tmp_path: Path)
             with pytest.raises(ReceiptExpired):
                 consumer.ack(second)
         assert [record.body for record in dead_letters(broker)] == [b"1", b"2"]
+
+
+def test_the_retries_of_a_deleted_group_go_with_it(broker: Broker) -> None:
+    broker.create_group(GROUP, at_once(5))
+    with broker.simple_consumer(GROUP, ALL) as consumer:
+        send(broker, b"1", b"2")
+        first, second = consumer.receive(2, wait=10.0)
+        SendBack(broker, consumer).later(first)
+        SendBack(broker, consumer).later(second, level=-1)
+    broker.delete_group(GROUP)
+    with broker.simple_consumer(GROUP, ALL, consume_from="last") as consumer:
+        assert consumer.receive(1) == []
+    with broker.dead_letters(GROUP) as letters:
+        assert bodies_of(letters.receive(2)) == [b"2"]

@@ -32,6 +32,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": ("status", "Show the health of a broker, and what to do about it."),
     "topic": ("topic", "Create, list, alter and delete topics."),
     "group": ("group", "Show consumer groups and their lag; delete those nobody needs."),
+    "dlq": ("dlq", "Look at dead letters, send them again, give them up."),
     "message": ("message", "Look up messages by id or key."),
     "log": ("log", "Dump, verify and rebuild the commit log."),
     "backup": ("backup", "Make a consistent copy of a directory."),

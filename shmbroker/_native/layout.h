@@ -112,7 +112,7 @@ enum sb_kind {
 #define SB_FLAG_DEDUP 0x02u /* the id was derived from a dedup key: remembered in the hash window (R17) */
 #define SB_FLAG_GROUP_LAST 0x04u
 #define SB_FLAG_WAIT_STORE_NOT_OK 0x08u /* the sender asked for no durability wait (RocketMQ's WAIT=false) */
-#define SB_FLAG_LATE 0x10u /* a delayed message that fired: its id is older than those around it */
+#define SB_FLAG_LATE 0x10u /* a delayed message that fired, a retry, a dead letter: its id is older than those around it */
 #define SB_NO_QUEUE 0xffffu
 
 /* --------------------------------------------------------------------------------------------------------------

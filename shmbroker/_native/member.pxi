@@ -74,6 +74,19 @@ cdef class _Member(_QueueReader):
         self.refresh(r)
         return True
 
+    def _look_at(self, Client client not None, str topic):
+        """Read one topic in the name of the group, beside its members and their subscription: the dead letters."""
+        cdef sb_region *r = client.check()
+        cdef bytes name = self.group.encode()
+        cdef uint32_t group = 0
+        self._leave()
+        if sb_group_find(r, name, &group) != SB_OK:
+            raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
+        self.client = client
+        self.group_slot = group
+        self.filters = {topic: None}
+        self.refresh(r)
+
     def _leave(self):
         """No longer a member. With the last consumer of this process in the group goes back what they did not acknowledge:
         claims name their process, so that those of one among several consumers cannot be told from the others'."""
@@ -129,7 +142,7 @@ cdef class _Member(_QueueReader):
                     f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
             self.open_sources(r, route, known, tag_filter, self.from_last, sources)
         retries = self.retry_topic()
-        route = None if retries in self.filters else find_route(r, retries)
+        route = find_route(r, retries) if self.joined and retries not in self.filters else None
         if route is not None:  # from the first on: no retry may be skipped; and without a filter, the original passed it
             self.open_sources(r, route, known, None, False, sources)
         self.sources = sources

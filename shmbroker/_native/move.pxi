@@ -53,6 +53,7 @@ def move_message(Client client not None, ReceivedMessage message not None, str t
     item.topic_id = route.topic_id
     item.queue_id = <uint16_t>queue
     item.kind = SB_KIND_TIMER if due_ns else SB_KIND_MESSAGE
+    item.flags = 0 if due_ns else SB_FLAG_LATE
     item.queue_slot = SB_NIL if due_ns else route.slots[queue]
     item.queue_offset = due_ns
     received = sb_received(slot=client.slot, table=source.table, offset=h.queue_offset, receipt=message.receipt)

@@ -15,7 +15,7 @@
 
 static sb_region region;
 static uint32_t table;
-static uint32_t undecided; /* answer of sb_claims_reap */
+static uint32_t undecided __attribute__((unused)); /* answer of sb_claims_reap */
 
 /* A region with one group, one queue of `messages` messages, and its claim table at `base`. */
 static inline void setup(uint64_t base, uint64_t messages)
