@@ -284,3 +284,19 @@ def test_the_retries_of_a_deleted_group_go_with_it(broker: Broker) -> None:
         assert consumer.receive(1) == []
     with broker.dead_letters(GROUP) as letters:
         assert bodies_of(letters.receive(2)) == [b"2"]
+
+
+def test_the_largest_message_that_can_be_sent_can_be_retried_and_buried(broker: Broker) -> None:
+    body = bytes(range(256)) * (broker.config.layout.max_message_bytes // 256)
+    body += b"x" * (broker.config.layout.max_message_bytes - len(body))
+    broker.create_group(GROUP, RetryPolicy("table", 2, delays=(0.0, 0.05)))
+    with broker.producer("test") as producer, broker.simple_consumer(GROUP, ALL) as consumer:
+        producer.send(Message("orders", body))
+        send_back = SendBack(broker, consumer)
+        for attempt in (1, 2, 3):
+            message = one(consumer)
+            assert (message.delivery_attempt, message.body == body) == (attempt, True)
+            send_back.later(message, error="é" * 500)
+        assert consumer.receive(1) == []
+    (dead,) = dead_letters(broker)
+    assert (dead.attempts, dead.body == body) == (3, True)

@@ -298,7 +298,9 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
     for (uint32_t i = 0; i < count; i++) {
         p.total += item_bytes(&items[i]);
     }
-    if (count == 0 || count > SB_GROUP_RECORDS_MAX || p.total > (r->segment_bytes < r->ring_bytes ? r->segment_bytes : r->ring_bytes) / 4) {
+    const uint64_t quarter = (r->segment_bytes < r->ring_bytes ? r->segment_bytes : r->ring_bytes) / 4;
+    const int is_send = count > 0 && items[count - 1].kind == SB_KIND_MESSAGE && !(options & SB_APPEND_SYSTEM);
+    if (count == 0 || count > SB_GROUP_RECORDS_MAX || p.total > quarter + (is_send ? 0 : SB_COPY_BYTES)) {
         return SB_TOO_LARGE;
     }
     int code = lock_append(r, deadline_ns);

@@ -32,6 +32,7 @@
 #define SB_NIL 0xffffffffu
 #define SB_NAME_BYTES 256u        /* %RETRY% topics reach 255 bytes, and a NUL */
 #define SB_GROUP_RECORDS_MAX 1024u /* records of one atomic group (R18) */
+#define SB_COPY_BYTES 8192u /* a moved or fired message may be so much larger than one that is sent: errors, and what goes with it */
 #define SB_UNDO_MAX 4096u
 #define SB_ID_WINDOW 64u /* sequences remembered per client (R17) */
 #define SB_BLOCK_ENTRIES 128u

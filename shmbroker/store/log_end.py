@@ -20,6 +20,7 @@ from shmbroker.store.checkpoint import Checkpoint
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.segment import SEGMENT_HEADER_BYTES, Segment, list_segments
 
+COPY_BYTES: Final = 8192  # SB_COPY_BYTES of layout.h
 _EPOCH_MAX: Final = 2**32 - 1
 _EPOCH_AT: Final = 16
 
@@ -144,7 +145,8 @@ def _record_at(reader: LogReader, position: int) -> Record | None:
 
 def _behind(reader: LogReader, place: LogPlace, hole: int) -> Iterator[tuple[memoryview, int]]:
     """What the disk holds from ``hole`` on, as far as unsynced data may reach; one segment's part at a time."""
-    position, end = hole, hole + place.ring_bytes + place.ring_bytes // 4  # with a largest record begun there (R18)
+    largest = place.ring_bytes // 4 + COPY_BYTES  # group of records (R18)
+    position, end = hole, hole + place.ring_bytes + largest  # begun where the ring ends
     while position < end:
         yield reader.window(position, end, place.segment_bytes), position
         position = place.base(position) + place.segment_bytes
