@@ -113,10 +113,10 @@ class PushConsumer(PushCore):
         self._most_renewals = -1 if max_renewals is None else max_renewals
         self._look_seconds = max(RENEWAL_LOOK_MIN_SECONDS, consume_timeout / RENEWAL_LOOKS)
         self._turn = threading.Lock()  # to look for messages
-        self._changed = threading.Condition()  # guards the next two
+        self._changed = threading.Condition()  # one of the next three
         self._paused = False
         self._stopping = False
-        self._left = False
+        self._left = False  # nobody is waited for any more
         self._asked = False  # by ``stop``
         self._lanes = [Lane(group) for _ in range(consume_thread_max)]
         self._threads = [
@@ -180,6 +180,9 @@ class PushConsumer(PushCore):
                 "group %s: %d listeners still run at the end of await_termination (%s): what they have is delivered "
                 "again, and their answers will be refused", self.group, len(running), ", ".join(running[:5]),
             )  # fmt: skip
+            for lane in self._lanes:  # what they have must not wait for other consumers of this process to leave
+                with suppress(ShmBrokerError):  # then it has gone back already
+                    self._abandon(lane)
         self._consumer.close()
         return not running
 

@@ -86,6 +86,22 @@ def test_what_outlasts_await_termination_goes_to_others_and_its_answer_is_refuse
         other.ack(again)
 
 
+def test_what_outlasts_the_end_goes_back_although_the_process_has_other_consumers_in_the_group(broker: Broker) -> None:
+    gate = Gate()
+    heard = Heard(gate)
+    send(broker, b"slow", b"slower")
+    with broker.simple_consumer("audit", ALL) as other:
+        settings = {"consume_thread_max": 1, "consume_message_batch_max_size": 2}
+        consumer = broker.push_consumer("audit", heard, ALL, **settings)
+        heard.wait(2)
+        assert consumer.shutdown(await_termination=0.0) is False
+        again = other.receive(2)
+        assert {message.body: message.delivery_attempt for message in again} == {b"slow": 2, b"slower": 2}
+        gate.let_go()
+        wait_until(lambda: consumer.late == 2, "the late answers refused")
+        other.ack(again)
+
+
 def test_a_listener_may_shut_its_consumer_down(broker: Broker) -> None:
     consumers: list[shmbroker.PushConsumer] = []
 

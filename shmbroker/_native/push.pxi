@@ -342,6 +342,16 @@ cdef class PushCore:
         for message in [lane.message] if self.single else lane.batch:
             self.consumer.decide(r, message, True, deadline_ms)  # if it is lost already, the listener's answer says so
 
+    def _abandon(self, Lane lane not None):
+        """What the listener still has goes back to the group, as a delivery that failed; its answer will be refused."""
+        cdef sb_region *r = self.consumer.client.check()
+        cdef ReceivedMessage message
+        if lane.deadline_ms == 0:
+            return
+        for message in [lane.message] if self.single else lane.batch:
+            if self.consumer.decide(r, message, True, 0) == SB_OK:
+                sb_wake_group(r, message.source.topic_slot, message.source.group_slot)
+
 
 cdef inline int let_go(ReceivedMessage message) except -1:
     """It no longer counts against the limits of prefetching."""
