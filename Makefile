@@ -78,7 +78,7 @@ $(VENV)/.created: pyproject.toml
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
-	@echo "shmbroker: compiling the native core, installing what it uses: click, lmdb, posix_ipc, psutil, rich"
+	@echo "shmbroker: compiling the native core, installing what it uses: click, lark, lmdb, posix_ipc, psutil, rich"
 	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable .
 	@touch $@
 

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from shmbroker.producer import Producer, SendCallback
     from shmbroker.push_consumer import PushConsumer
     from shmbroker.retry import RetryPolicy
+    from shmbroker.selector import Sql, sql
     from shmbroker.status import ConsumeStatus, SendStatus
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ _HOMES: Final = {
     "shmbroker.consumer": ("SimpleConsumer",),
     "shmbroker.push_consumer": ("PushConsumer",),
     "shmbroker.retry": ("RetryPolicy",),
+    "shmbroker.selector": ("sql", "Sql"),
 }
 _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -90,6 +92,8 @@ __all__ = [
     "ConsumeStatus",
     "SimpleConsumer",
     "RetryPolicy",
+    "sql",
+    "Sql",
     # errors: the class says what to do; see shmbroker.errors
     "ShmBrokerError",
     "Retryable",

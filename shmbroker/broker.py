@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shmbroker.dead_letters import DeadLetters
     from shmbroker.producer import Producer
     from shmbroker.push_consumer import Listener, PushConsumer
+    from shmbroker.selector import Sql
 
 QUEUES_MAX: Final = 1024
 
@@ -146,14 +147,14 @@ class Broker:
 
         return self._adopt(Producer(self, group))
 
-    def simple_consumer(self, group: str, subscriptions: Mapping[str, str], **settings: Any) -> SimpleConsumer:
-        """A consumer that fetches and acknowledges by itself. ``subscriptions``: topic to tag expression."""
+    def simple_consumer(self, group: str, subscriptions: Mapping[str, str | Sql], **settings: Any) -> SimpleConsumer:
+        """A consumer that fetches and acknowledges by itself. ``subscriptions``: topic to tag or SQL expression."""
         from shmbroker.consumer import SimpleConsumer
 
         return self._adopt(SimpleConsumer(self, check_group(group), subscriptions, **settings))
 
     def push_consumer(
-        self, group: str, listener: Listener, subscriptions: Mapping[str, str], **settings: Any
+        self, group: str, listener: Listener, subscriptions: Mapping[str, str | Sql], **settings: Any
     ) -> PushConsumer:
         """Threads that call ``listener`` with each message and a context. ``subscriptions``: as ``simple_consumer``."""
         from shmbroker.push_consumer import PushConsumer
@@ -192,20 +193,21 @@ class Broker:
         self._require_topic(name)
         self.region.delete_topic(name)
 
-    def set_subscription(self, group: str, subscriptions: Mapping[str, str]) -> None:
-        """Switch a group to another subscription, topic to tag expression, all members at once.
+    def set_subscription(self, group: str, subscriptions: Mapping[str, str | Sql]) -> None:
+        """Switch a group to another subscription, topic to tag or SQL expression, all members at once.
 
         Live members take it over at their next receive; it stands in the log, and a consumer that subscribes to
         anything else is refused from now on. Raises GroupNotExist, TopicNotExist (auto_create_topics is off),
         BadRequest.
         """
-        from shmbroker.consumer import define_topics, format_subscription, parse_subscriptions
+        from shmbroker.consumer import define_topics
+        from shmbroker.subscription import format_subscription, parse_subscriptions
 
-        tags = parse_subscriptions(subscriptions)
-        text = format_subscription(tags)
+        wanted = parse_subscriptions(subscriptions)
+        text = format_subscription(wanted)
         if all(known["name"] != group for known in self.region.groups()):
             raise GroupNotExist(f"group {group!r} does not exist")
-        define_topics(self.region, tags, self.config)
+        define_topics(self.region, wanted, self.config)
         self.region.set_subscription(group, text)
 
     def dead_letters(self, group: str) -> DeadLetters:

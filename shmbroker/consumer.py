@@ -5,11 +5,10 @@ The data path itself is ``_native/consumer.pxi`` (look, claim, copy) and ``_nati
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
@@ -24,18 +23,16 @@ from shmbroker.errors import (
     TopicNotExist,
 )
 from shmbroker.failpoint import failpoint
-from shmbroker.naming import check_group, check_topic
-from shmbroker.record import RecordKind, subscription_text
+from shmbroker.naming import check_group
+from shmbroker.record import RecordKind
+from shmbroker.selector import Sql
 from shmbroker.send_back import SendBack
+from shmbroker.subscription import encode_subscription, format_subscription, parse_subscriptions, read_subscription
 
 if TYPE_CHECKING:
     from shmbroker.log_files import LogFiles
 
 logger = logging.getLogger("shmbroker.consumer")
-
-ALL: Final = "*"
-SUBSCRIPTION_BYTES_MAX: Final = 511
-TAGS_MAX: Final = 64
 
 
 class ConsumerHome(Protocol):
@@ -59,12 +56,13 @@ class SimpleConsumer(ConsumerCore):
     invisible time is over, or at once if the process that has it dies. After as many deliveries as the group's retry
     policy allows (17) it goes to ``%DLQ%group`` instead. Retries that other members have asked for come as well.
 
-    ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``; all members of a group have the
-    same. ``spin``: burn a core instead of sleeping while there is nothing to receive. ``consume_from``: where a group
-    that has never consumed a queue begins, at the ``"first"`` message the log has or behind the ``"last"``. ``ack``:
-    whether an acknowledgement is done when it stands in ``"memory"``, which survives every process, or ``"durable"``.
-    ``attempts``: the same for the count of deliveries, before ``receive`` returns the messages: ``"durable"`` never
-    forgets a delivery, whatever is lost; in ``"memory"`` a power cut may take back those of the last second.
+    ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``, or to ``shmbroker.sql("amount >
+    100")``; all members of a group have the same. ``spin``: burn a core instead of sleeping while there is nothing to
+    receive. ``consume_from``: where a group that has never consumed a queue begins, at the ``"first"`` message the log
+    has or behind the ``"last"``. ``ack``: whether an acknowledgement is done when it stands in ``"memory"``, which
+    survives every process, or ``"durable"``. ``attempts``: the same for the count of deliveries, before ``receive``
+    returns the messages: ``"durable"`` never forgets a delivery, whatever is lost; in ``"memory"`` a power cut may take
+    back those of the last second.
 
     Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
     """
@@ -73,7 +71,7 @@ class SimpleConsumer(ConsumerCore):
         self,
         home: ConsumerHome,
         group: str,
-        subscriptions: Mapping[str, str],
+        subscriptions: Mapping[str, str | Sql],
         *,
         spin: bool = False,
         consume_from: str = "first",
@@ -85,7 +83,7 @@ class SimpleConsumer(ConsumerCore):
                 raise BadRequest(f"{name} = {value!r}: must be 'memory' or 'durable'")
         if consume_from not in ("first", "last"):
             raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
-        tags = parse_subscriptions(subscriptions)
+        wanted = parse_subscriptions(subscriptions)
         client = home.attach()
         super().__init__(
             client,
@@ -96,7 +94,7 @@ class SimpleConsumer(ConsumerCore):
             attempts_within=_append_and_flush_seconds(home.config) if attempts == "durable" else 0.0,
         )
         self._home = home
-        self._tags = tags
+        self._wanted = wanted
         self._send_back = SendBack(home, self)
         self._was_member = False
         self._subscribe()
@@ -105,22 +103,22 @@ class SimpleConsumer(ConsumerCore):
         """Become a member of the group in the running broker. Who was one follows `group set-subscription` (R25)."""
         client = self._home.attach()
         while True:
-            define_topics(client.region, self._tags, self._home.config)
+            define_topics(client.region, self._wanted, self._home.config)
             client.region.define_group(self.group)
-            if self._bind(client, _encoded(self._tags), format_subscription(self._tags)):
+            if self._bind(client, encode_subscription(self._wanted), format_subscription(self._wanted)):
                 break
             group = next(group for group in client.region.groups() if group["name"] == self.group)
             if not (self._was_member and group["subscription_set"]):
-                raise SubscriptionConflict(_conflict(group, format_subscription(self._tags)))
+                raise SubscriptionConflict(_conflict(group, format_subscription(self._wanted)))
             self._take_over(group["subscription"].encode())
         self._was_member = True
 
     # ---- called by the native core for what is not the common case
 
-    def _take_over(self, text: bytes) -> dict[str, list[bytes] | None]:
-        self._tags = parse_subscriptions(json.loads(text))
+    def _take_over(self, text: bytes) -> Mapping[str, Sequence[bytes] | bytes | None]:
+        self._wanted = read_subscription(text)
         logger.info("group %s subscribes to %s now", self.group, text.decode())
-        return _encoded(self._tags)
+        return encode_subscription(self._wanted)
 
     def _reattach(self) -> None:
         if self._home.attach_serving(self._home.config.runtime.send_timeout_ms / 1000) is not self.client:
@@ -227,10 +225,6 @@ def _append_and_flush_seconds(config: Config) -> float:
     return (config.runtime.send_timeout_ms + config.runtime.sync_flush_timeout_ms) / 1000
 
 
-def _encoded(tags: Mapping[str, Sequence[str] | None]) -> dict[str, list[bytes] | None]:
-    return {topic: None if some is None else [tag.encode() for tag in some] for topic, some in tags.items()}
-
-
 def _conflict(group: Mapping[str, Any], text: bytes) -> str:
     name, agreed = group["name"], group["subscription"]
     if group["subscription_set"]:
@@ -252,38 +246,6 @@ def define_topics(region: Region, names: Iterable[str], config: Config) -> None:
         if not config.runtime.auto_create_topics:
             raise TopicNotExist(f"topic {name!r} does not exist and auto_create_topics is off")
         region.define_topic(name, config.runtime.default_topic_queues)
-
-
-def parse_subscriptions(subscriptions: object) -> dict[str, tuple[str, ...] | None]:
-    """Topic to tag expression as topic to tags. Raises BadRequest, also for what is no such mapping."""
-    if not isinstance(subscriptions, Mapping) or not subscriptions:
-        raise BadRequest(
-            f"subscriptions = {subscriptions!r}: must map at least one topic to a tag expression, as in "
-            '{"orders": "*"}'
-        )
-    return {check_topic(topic): parse_tags(expression) for topic, expression in subscriptions.items()}
-
-
-def parse_tags(expression: str) -> tuple[str, ...] | None:
-    """The tags of ``"a || b"``, sorted; None for all messages (``"*"`` or nothing). Raises BadRequest."""
-    if not isinstance(expression, str):
-        raise BadRequest(f"tag expression {expression!r}: must be a str")
-    tags = {tag.strip() for tag in expression.split("||")}
-    if tags in ({""}, {ALL}):
-        return None
-    if "" in tags or ALL in tags or any("|" in tag for tag in tags):
-        raise BadRequest(f"tag expression {expression!r}: '*', or tags separated by '||'")
-    if len(tags) > TAGS_MAX:
-        raise BadRequest(f"{len(tags)} tags in one subscription, at most {TAGS_MAX}")
-    return tuple(sorted(tags))
-
-
-def format_subscription(tags: Mapping[str, Sequence[str] | None]) -> bytes:
-    """What members of a group compare, and people read: see ``subscription_text``. Raises BadRequest: too long."""
-    text = subscription_text({topic: ALL if some is None else " || ".join(some) for topic, some in tags.items()})
-    if len(text) > SUBSCRIPTION_BYTES_MAX:
-        raise BadRequest(f"the subscription takes {len(text)} bytes as JSON, at most {SUBSCRIPTION_BYTES_MAX} fit")
-    return text
 
 
 __all__ = ["ReceivedMessage", "SimpleConsumer"]

@@ -21,6 +21,7 @@ from shmbroker import listening
 from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMessage
 from shmbroker.consumer import ConsumerHome, SimpleConsumer
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
+from shmbroker.selector import Sql
 from shmbroker.send_back import SendBack
 from shmbroker.status import ConsumeStatus
 
@@ -59,7 +60,7 @@ class PushConsumer(PushCore):
         home: ConsumerHome,
         group: str,
         listener: Listener,
-        subscriptions: Mapping[str, str],
+        subscriptions: Mapping[str, str | Sql],
         *,
         consume_thread_max: int = 20,
         consume_message_batch_max_size: int = 1,

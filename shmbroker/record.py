@@ -168,13 +168,14 @@ class TopicBody:
 class GroupBody:
     """A consumer group as it now is, or (``deleted``) no longer is.
 
-    ``subscription``: topic to tag expression, if it was set (R25) and is not what the first member brings along; of
-    two, that of the larger ``generation`` counts. ``retry``: its retry policy, if one was set; likewise.
+    ``subscription``: topic to tag expression or ``{"sql": expression}``, if it was set (R25) and is not what the first
+    member brings along; of two, that of the larger ``generation`` counts. ``retry``: its retry policy, if one was set;
+    likewise.
     """
 
     name: str
     group_id: int
-    subscription: Mapping[str, str] = field(default_factory=dict)
+    subscription: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
     generation: int = 0
     retry: Mapping[str, Any] = field(default_factory=dict)
     retry_generation: int = 0
@@ -206,7 +207,7 @@ class GroupBody:
         parsed = GroupBody(name, group_id)
         if "subscription" in fields:
             generation = _integer(fields, "generation", 1, _U32)
-            parsed = replace(parsed, subscription=_texts(fields, "subscription"), generation=generation)
+            parsed = replace(parsed, subscription=_subscription(fields), generation=generation)
         if "retry" in fields:
             retry, generation = fields["retry"], _integer(fields, "retry_generation", 1, _U32)
             parse_policy(json.dumps(retry))
@@ -222,7 +223,7 @@ def _retry_generation(body: GroupBody) -> int:
     return body.retry_generation
 
 
-def subscription_text(subscription: Mapping[str, str]) -> bytes:
+def subscription_text(subscription: Mapping[str, str | Mapping[str, str]]) -> bytes:
     """A group's subscription as its members compare it, and people read it: the same bytes for the same one."""
     return json.dumps(dict(subscription), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
@@ -294,11 +295,15 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return value
 
 
-def _texts(fields: dict[str, Any], name: str) -> dict[str, str]:
-    value = fields.get(name)
-    if not isinstance(value, dict) or not value or any(type(text) is not str for text in value.values()):
-        raise ValueError(f"{name} = {value!r}: an object of strings is wanted")
+def _subscription(fields: dict[str, Any]) -> dict[str, str | dict[str, str]]:
+    value = fields.get("subscription")
+    if not isinstance(value, dict) or not value or not all(map(_is_expression, value.values())):
+        raise ValueError(f"subscription = {value!r}: an object of tag and SQL expressions is wanted")
     return value
+
+
+def _is_expression(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and [*value] == ["sql"] and type(value["sql"]) is str)
 
 
 def _deletes(fields: dict[str, Any]) -> bool:

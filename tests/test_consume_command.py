@@ -107,6 +107,15 @@ def test_every_message_meets_the_listener_in_one_of_the_processes(stage: Stage) 
     assert "Traceback" not in stage.log
 
 
+def test_the_processes_get_what_an_sql_expression_accepts(stage: Stage) -> None:
+    with stage.broker.producer("test") as producer:
+        bodies = [(b"%d" % i, {"amount": str(i)}) for i in range(20)]
+        producer.send_batch([api.Message("orders", body, properties=amount) for body, amount in bodies])
+    with stage.fleet("--processes", "2", "--sql", "amount BETWEEN 5 AND 7"):
+        wait_until(lambda: done_with(stage.broker) == 20, "all acknowledged or passed over")
+        assert sorted(body for body, *_ in stage.heard) == [b"5", b"6", b"7"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stop_lets_finish_what_runs_and_gives_back_the_rest(stage: Stage, number: signal.Signals) -> None:
     send(stage.broker, b"slow", *numbered(5))

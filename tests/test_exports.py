@@ -104,7 +104,7 @@ def test_the_stub_of_a_native_class_names_what_the_class_has(cls: ast.ClassDef) 
 
 
 def test_importing_the_library_does_not_import_what_only_workers_and_tools_need() -> None:
-    code = "import sys, shmbroker; print(*sorted({'click', 'lmdb', 'psutil', 'rich'} & set(sys.modules)))"
+    code = "import sys, shmbroker; print(*sorted({'click', 'lark', 'lmdb', 'psutil', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -112,7 +112,7 @@ def test_importing_the_library_does_not_import_what_only_workers_and_tools_need(
 def test_sending_and_receiving_need_neither_click_nor_rich_nor_psutil() -> None:
     code = (
         "import sys, shmbroker\nfor name in shmbroker.__all__: getattr(shmbroker, name)\n"
-        "print(*sorted({'click', 'psutil', 'rich'} & set(sys.modules)))"
+        "print(*sorted({'click', 'lark', 'psutil', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 from shmbroker.naming import check_group, check_topic
+from shmbroker.tools import expressions
 from shmbroker.tools.session import Session, common_options, pass_session
 
 PROCESSES_MAX: Final = 256
@@ -19,7 +20,8 @@ PROCESSES_MAX: Final = 256
 @click.argument("listener", metavar="MODULE:LISTENER")
 @click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
 @click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
-@click.option("--tags", default="*", show_default=True, help="A tag expression: 'paid || refunded'.")
+@click.option("--tags", help="A tag expression: 'paid || refunded'.  [default: *]")
+@click.option("--sql", help="An SQL expression on the properties instead: \"amount > 100 AND region = 'EU'\".")
 @click.option(
     "--processes", type=click.IntRange(1, PROCESSES_MAX), default=1, show_default=True, help="Consumer processes."
 )
@@ -73,7 +75,8 @@ def consume(
     listener: str,
     group: str,
     topics: tuple[str, ...],
-    tags: str,
+    tags: str | None,
+    sql: str | None,
     processes: int,
     threads: int,
     batch: int,
@@ -111,12 +114,14 @@ def consume(
 
     session.require_directory()
     check_group(group)
+    topics = tuple(map(check_topic, topics))
+    wanted = expressions.subscriptions(topics, [tags] if tags is not None else [], [sql] if sql is not None else [])
     settings = {
         "directory": str(session.paths.directory),
         "app_dir": str(app_dir.resolve()),
         "listener": listener,
         "group": group,
-        "subscriptions": {check_topic(topic): tags for topic in topics},
+        "subscriptions": {topic: expressions.as_json(of_topic) for topic, of_topic in wanted.items()},
         "settings": {
             "consume_thread_max": threads,
             "consume_message_batch_max_size": batch,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import shmbroker
 from shmbroker.errors import BadRequest, ShmBrokerError
 from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
+from shmbroker.tools.expressions import from_json
 
 if TYPE_CHECKING:
     from shmbroker import PushConsumer
@@ -44,7 +45,8 @@ def _main(wanted: dict[str, Any]) -> int:
         sys.path.insert(0, wanted["app_dir"])
         listener = find_listener(wanted["listener"])
         with shmbroker.open(wanted["directory"]) as broker:
-            consumer = broker.push_consumer(wanted["group"], listener, wanted["subscriptions"], **wanted["settings"])
+            subscriptions = {topic: from_json(of_topic) for topic, of_topic in wanted["subscriptions"].items()}
+            consumer = broker.push_consumer(wanted["group"], listener, subscriptions, **wanted["settings"])
             leaving.watch(consumer)
             return ExitCode.OK if consumer.run() else ExitCode.FINDING
     except (ShmBrokerError, OSError) as error:

@@ -10,7 +10,7 @@ import click
 from shmbroker.delays import parse_delay
 from shmbroker.errors import GroupNotExist
 from shmbroker.retry import KINDS, RetryPolicy, parse_policy
-from shmbroker.tools import console
+from shmbroker.tools import console, expressions
 from shmbroker.tools.group_lag import brief, lags
 from shmbroker.tools.session import Session, common_options, pass_session
 
@@ -69,7 +69,7 @@ def show(session: Session, name: str) -> None:
     rows = [
         (
             "subscription",
-            ", ".join(f"{topic}: {tags}" for topic, tags in lag["subscription"].items()) or "no live member",
+            _subscription(lag["subscription"]) or "no live member",
         ),
         *(("not subscribed any more", _waiting(topic, count)) for topic, count in _unsubscribed(lag).items()),
         ("retry", str(parse_policy(json.dumps(lag["retry"]) if lag["retry"] else ""))),
@@ -103,28 +103,28 @@ def show(session: Session, name: str) -> None:
 @common_options
 @click.argument("name")
 @click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
-@click.option("--tags", multiple=True, default=["*"], help="A tag expression; one for all topics, or one for each.")
+@click.option("--tags", multiple=True, help="A tag expression; one for all topics, or one for each.  [default: *]")
+@click.option("--sql", multiple=True, help="An SQL expression on the properties instead; likewise.")
 @pass_session
-def set_subscription(session: Session, name: str, topics: tuple[str, ...], tags: tuple[str, ...]) -> None:
+def set_subscription(
+    session: Session, name: str, topics: tuple[str, ...], tags: tuple[str, ...], sql: tuple[str, ...]
+) -> None:
     """Switch a group to another subscription, all its members at once.
 
     \b
     shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
     shmbroker group set-subscription audit -t orders --tags paid -t refunds --tags '*'
+    shmbroker group set-subscription audit -t orders --sql "amount > 100 AND region = 'EU'"
 
     Live members take it over at their next receive. From then on a consumer that subscribes to anything else is
     refused: change the programs before they are started the next time.
     """
-    if len(tags) not in (1, len(topics)):
-        raise click.UsageError(
-            f"{len(topics)} topics and {len(tags)} tag expressions: give one for all, or one for each"
-        )
-    expressions = tags if len(tags) == len(topics) else tags * len(topics)
-    subscription = dict(zip(topics, expressions, strict=True))
+    wanted = expressions.subscriptions(topics, tags, sql)
     with session.open() as broker:
-        broker.set_subscription(name, subscription)
-    wanted = ", ".join(f"{topic}: {tags}" for topic, tags in subscription.items())
-    console.print_done(session, f"{name} subscribes to {wanted} now", {"group": name, "subscription": subscription})
+        broker.set_subscription(name, wanted)
+    subscription = {topic: expressions.as_json(of_topic) for topic, of_topic in wanted.items()}
+    done = f"{name} subscribes to {_subscription(subscription)} now"
+    console.print_done(session, done, {"group": name, "subscription": subscription})
 
 
 @group.command(name="set-retry")
@@ -193,6 +193,10 @@ def _waiting(topic: str, count: int) -> str:
 def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
     oldest = console.duration(lag["lag_seconds"]) if lag["lag_messages"] else "-"
     return f"{lag['lag_messages']:,}", console.size(lag["lag_bytes"]), oldest, f"{lag['in_flight']:,}"
+
+
+def _subscription(subscription: dict[str, Any]) -> str:
+    return ", ".join(f"{topic}: {expressions.shown(wanted)}" for topic, wanted in subscription.items())
 
 
 def _holder(oldest: dict[str, Any] | None) -> str:

@@ -42,7 +42,7 @@ def brief(region: Region) -> list[dict[str, Any]]:
     ]
 
 
-def _consumed(region: Region) -> list[tuple[str, dict[str, str], list[dict[str, Any]]]]:
+def _consumed(region: Region) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Each group by name: its name, its subscription, and how far it is in each queue."""
     subscriptions = {entry["name"]: _subscription(entry["subscription"]) for entry in region.groups()}
     queues = [(topic, queue) for topic in region.topics() for queue in topic["queues"]]
@@ -83,7 +83,7 @@ def _lag_messages(table: dict[str, Any]) -> int:
 
 def _group(
     name: str,
-    subscription: dict[str, str],
+    subscription: dict[str, Any],
     tables: list[dict[str, Any]],
     clients: dict[int | None, dict[str, Any]],
     messages: StoredMessages,
@@ -165,10 +165,10 @@ def _bytes_between(messages: StoredMessages, table: dict[str, Any], start: int) 
     return total
 
 
-def _subscription(text: str) -> dict[str, str]:
-    """The live members' subscription, topic by topic; empty if there is none or it makes no sense."""
+def _subscription(text: str) -> dict[str, Any]:
+    """The live members' subscription, topic to tags or {"sql": expression}; empty: there is none, or no sense in it."""
     try:
         found = json.loads(text.rstrip("\0")) if text.rstrip("\0") else {}
     except ValueError:
         return {}
-    return {str(topic): str(tags) for topic, tags in found.items()} if isinstance(found, dict) else {}
+    return {str(topic): wanted for topic, wanted in found.items()} if isinstance(found, dict) else {}

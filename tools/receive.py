@@ -15,6 +15,7 @@ import click
 
 from shmbroker.errors import TopicNotExist
 from shmbroker.naming import check_group, check_topic
+from shmbroker.tools import expressions
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
@@ -30,7 +31,8 @@ BUSY_MS: Final = 10
 @common_options
 @click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
 @click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
-@click.option("--tags", default="*", show_default=True, help="A tag expression: 'paid || refunded'.")
+@click.option("--tags", help="A tag expression: 'paid || refunded'.  [default: *]")
+@click.option("--sql", help="An SQL expression on the properties instead: \"amount > 100 AND region = 'EU'\".")
 @click.option(
     "--batch",
     type=click.IntRange(1, BATCH_MAX),
@@ -56,7 +58,8 @@ def receive(
     session: Session,
     group: str,
     topics: tuple[str, ...],
-    tags: str,
+    tags: str | None,
+    sql: str | None,
     batch: int,
     most: int | None,
     wait: float,
@@ -69,6 +72,7 @@ def receive(
     \b
     shmbroker receive --group audit --topic orders
     shmbroker receive --group audit --topic orders --tags 'paid || refunded' --max 10
+    shmbroker receive --group audit --topic orders --sql "amount > 100 AND region = 'EU'"
     shmbroker --json receive --group audit --topic orders --follow | jq .keys
 
     Acknowledged means that the group never gets the message again. It is done one by one, or batch by batch: when the
@@ -79,13 +83,14 @@ def receive(
     The directory and the topic must exist. Leaves with 0, or 1 if there was no message.
     """
     check_group(group)
+    wanted = expressions.subscriptions(topics, [tags] if tags is not None else [], [sql] if sql is not None else [])
     received = 0
     with session.open() as broker:
         missing = {check_topic(topic) for topic in topics} - {entry["name"] for entry in broker.topics()}
         if missing:  # a consumer would make it, and a slip of the pen would wait there for ever
             raise TopicNotExist(f"topic {min(missing)!r} does not exist: nothing to receive")
         output = _Output()
-        with broker.simple_consumer(group, dict.fromkeys(topics, tags)) as consumer:
+        with broker.simple_consumer(group, wanted) as consumer:
             idle_since = time.monotonic()
             while most is None or received < most:
                 left = SLICE_SECONDS if follow else idle_since + wait - time.monotonic()

@@ -10,6 +10,10 @@ from shmbroker.status import SendStatus
 RECORD_HEADER_BYTES: Final[int]
 RECORD_ALIGN_BYTES: Final[int]
 GROUP_RECORDS_MAX: Final[int]
+SUBSCRIPTION_BYTES_MAX: Final[int]
+FILTER_NAMES_MAX: Final[int]
+FILTER_STACK_MAX: Final[int]
+FILTER_INSTRUCTIONS: Final[dict[str, int]]
 LAYOUT_VERSION: Final[int]
 RECORD_VERSION: Final[int]
 FINGERPRINT: Final[int]
@@ -21,6 +25,9 @@ def crc32c(data: Any, start: int = 0) -> int:
     """CRC-32C (Castagnoli) of a bytes-like object, continued from ``start``."""
 
 def crc32c_portable(data: Any, start: int = 0) -> int: ...
+def run_filter(program: bytes, tags: bytes, keys: bytes, properties: Mapping[str, str]) -> bool:
+    """Whether a program of sql_program.py (drawn in filter.h) accepts a message. Raises ValueError: it is none."""
+
 def monotonic_ns() -> int: ...
 def start_ticks(pid: int) -> int:
     """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); 0 if there is none."""
@@ -436,8 +443,8 @@ class ConsumerCore:
         acknowledgement is done all the same."""
     def change_invisible_duration(self, message: ReceivedMessage, seconds: float) -> None:
         """From now on ``message`` is this consumer's for ``seconds`` more; 0 gives it back at once. Raises ReceiptExpired."""
-    def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | None], text: bytes) -> bool: ...
-    def _take_over(self, text: bytes) -> Mapping[str, Sequence[bytes] | None]: ...
+    def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | bytes | None], text: bytes) -> bool: ...
+    def _take_over(self, text: bytes) -> Mapping[str, Sequence[bytes] | bytes | None]: ...
     def _look_at(self, client: Client, topic: str) -> None: ...
     def _leave(self) -> None: ...
     def _write_acks(self, bodies: list[bytes]) -> None: ...

@@ -6,7 +6,7 @@
 #include "definition.h"
 
 #define SB_CHANGE_EFFECTS_MAX (2 * SB_QUEUES_PER_TOPIC_MAX + 8u) /* link and state of each queue, and the topic's own */
-#define SB_CHANGE_BODY_BYTES 1024
+#define SB_CHANGE_BODY_BYTES (SB_SUBSCRIPTION_BYTES + 1024u)
 
 typedef struct {
     sb_effect effect[SB_CHANGE_EFFECTS_MAX];

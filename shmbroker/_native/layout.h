@@ -37,7 +37,7 @@
 #define SB_ID_WINDOW 64u /* sequences remembered per client (R17) */
 #define SB_BLOCK_ENTRIES 128u
 #define SB_ROLES_MAX 8u
-#define SB_SUBSCRIPTION_BYTES 512u
+#define SB_SUBSCRIPTION_BYTES 2048u
 #define SB_CLIENT_WORDS 64u /* bitmap words: at most 4096 clients */
 
 typedef _Atomic uint64_t sb_word;

@@ -7,16 +7,16 @@ cdef enum:
 cdef dict memberships = {}
 
 
-cdef dict tag_filters(filters):
-    """topic -> tags or None, as the reader wants it."""
+cdef dict make_filters(filters):
+    """topic -> tags, program or None, as the reader wants it."""
     if len(filters) > TOPICS_MAX:
         raise _errors.BadRequest(f"{len(filters)} topics in one subscription, at most {TOPICS_MAX}")
-    return {topic: None if tags is None else _TagFilter(tags) for topic, tags in filters.items()}
+    return {topic: make_filter(wanted) for topic, wanted in filters.items()}
 
 
 cdef class _Member(_QueueReader):
     """Base of the consumers that share a group's messages."""
-    cdef dict filters         # topic -> _TagFilter or None
+    cdef dict filters         # topic -> _Filter or None
     cdef bint from_last
     cdef bint shut, joined
     cdef uint32_t group_slot
@@ -31,7 +31,7 @@ cdef class _Member(_QueueReader):
     # -- membership
 
     def _take_over(self, bytes text):
-        """The group's subscription is this one now. Returns topic -> tags or None."""
+        """The group's subscription is this one now. Returns topic -> tags, program or None."""
         raise NotImplementedError
 
     cdef int follow(self, sb_region *r) except -1:
@@ -40,19 +40,19 @@ cdef class _Member(_QueueReader):
         cdef uint64_t generation
         if self.joined and sb_load(&sb_group_at(r, self.group_slot).subscription_generation) != self.subscription_generation:
             generation = sb_group_subscription(r, self.group_slot, text)
-            self.filters = tag_filters(self._take_over(text))
+            self.filters = make_filters(self._take_over(text))
             self.subscription_generation = generation
         return 0
 
     def _bind(self, Client client not None, filters, bytes text not None):
-        """Become a member of the group: False if it is subscribed differently. filters: topic -> tags or None."""
+        """Become a member of the group: False if it is subscribed differently. filters: topic -> tags, program or None."""
         cdef sb_region *r = client.check()
         cdef bytes name = self.group.encode()
         cdef const char *c_text = text
         cdef const char *c_name = name
         cdef uint32_t slot = 0, group = 0
         cdef int code, self_counts
-        self.filters = tag_filters(filters)
+        self.filters = make_filters(filters)
         self._leave()
         if sb_group_find(r, name, &group) != SB_OK:
             raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
@@ -133,14 +133,14 @@ cdef class _Member(_QueueReader):
         for source in self.sources:
             if source.client is self.client and source.is_current(r):
                 known[source.topic_id, source.queue_id] = source
-        for topic, tag_filter in self.filters.items():
+        for topic, wanted in self.filters.items():
             route = find_route(r, topic)
             if route is None:
                 continue  # deleted, or not there yet
             if not route.permission & 4:
                 raise _errors.NoPermission(
                     f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
-            self.open_sources(r, route, known, tag_filter, self.from_last, sources)
+            self.open_sources(r, route, known, wanted, self.from_last, sources)
         retries = self.retry_topic()
         route = find_route(r, retries) if self.joined and retries not in self.filters else None
         if route is not None:  # from the first on: no retry may be skipped; and without a filter, the original passed it
@@ -153,7 +153,7 @@ cdef class _Member(_QueueReader):
         """Every member reads it, though nobody subscribes to it; it comes into being with the group's first retry."""
         return _naming.RETRY_PREFIX + self.group
 
-    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _TagFilter tag_filter, bint from_last,
+    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _Filter wanted, bint from_last,
                           list sources) except -1:
         cdef uint32_t tables[SB_QUEUES_PER_TOPIC_MAX]
         cdef uint64_t lives[SB_QUEUES_PER_TOPIC_MAX]
@@ -173,7 +173,7 @@ cdef class _Member(_QueueReader):
             source = known.get((route.topic_id, i))
             if source is None:
                 source = self.make_source(r, route, i, tables[i], lives[i])
-            source.filter = tag_filter
+            source.filter = wanted
             sources.append(source)
         return 0
 

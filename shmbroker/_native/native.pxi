@@ -29,7 +29,6 @@ cdef extern from "layout.h" nogil:
         SB_NIL
         SB_NO_QUEUE
         SB_ROLES_MAX
-        SB_SUBSCRIPTION_BYTES
         SB_ID_WINDOW
         SB_BLOCK_ENTRIES
         SB_FLAG_DEDUP
@@ -266,6 +265,7 @@ cdef extern from "ring.h" nogil:
     int sb_append_lock_check(sb_region *r)
     int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size)
     int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
+    int sb_ring_peek_properties(const sb_region *r, const sb_record *header, uint8_t *buffer)
     int sb_remember_id(sb_region *r, uint64_t incarnation, uint64_t sequence, uint64_t position, int given)
     int sb_append_read_ids(sb_region *r, uint64_t newest, uint64_t *next, sb_known_id *ids, uint32_t room, uint32_t *count,
                            int64_t deadline_ns)

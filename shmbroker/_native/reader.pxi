@@ -112,7 +112,7 @@ cdef class _QueueReader:
         return code
 
     cdef int accept(self, sb_region *r, _Source source, bytes record, sb_claim *claim, list out) except -1:
-        """A claimed record becomes a received message, unless the tag only had the same hash."""
+        """A claimed record becomes a received message, unless the filter that looked at it before has seen too little."""
         cdef ReceivedMessage message
         if source.filter is not None and not source.filter.matches(record):
             sb_claim_ack(r, source.table, claim.offset, claim.word, self.client.slot)
@@ -154,7 +154,7 @@ cdef class _QueueReader:
         from_files = code != SB_OK
         if from_files:
             code = self.peek_window(r, position, &header)
-        if code == SB_OK and source.filter is not None and not source.filter.may_match(header.tag_hash):
+        if code == SB_OK and source.filter is not None and not self.may_match(r, source.filter, &header, from_files):
             # Nobody looks at it again: so it must be this message, and whole. Else it is fetched, which says what is wrong.
             if source.is_message(&header, offset) and (not from_files or self.window_record(r, position, header.size) != NULL):
                 return self.skip(r, source, offset)
@@ -165,6 +165,18 @@ cdef class _QueueReader:
             look.claimed = False
             look.bytes_left -= size
         return code
+
+    cdef bint may_match(self, sb_region *r, _Filter wanted, const sb_record *header, bint from_files) noexcept:
+        """What a peek has found, before anything is claimed or copied; in doubt it may."""
+        cdef uint64_t room = 0
+        cdef const uint8_t *payload = NULL
+        if not wanted.looks_inside:
+            return wanted.may_match(header, NULL)
+        if from_files:
+            payload = self.in_window(header.position + SB_RECORD_HEADER, header.size - SB_RECORD_HEADER, &room)
+        elif sb_ring_peek_properties(r, header, (<_SqlFilter>wanted).properties) == SB_OK:
+            payload = (<_SqlFilter>wanted).properties
+        return payload == NULL or wanted.may_match(header, payload)
 
     cdef int fetch(self, sb_region *r, _Source source, uint64_t position, uint32_t size, Look *look, list out) except -100:
         """Copy a claimed message of ``size`` bytes (0: not known). What cannot be read stays claimed until its invisible

@@ -35,37 +35,6 @@ cdef extern from "queue_index.h" nogil:
     int sb_index_lookup(const sb_region *r, uint32_t queue, uint64_t offset, uint64_t limit, uint32_t count,
                         sb_cursor *cursor, uint64_t *positions, uint32_t *found)
 
-cdef enum:
-    HASHES_MAX = 64  # tags in one subscription
-
-
-cdef class _TagFilter:
-    """The tags of one subscription. Hashes are compared in the ring, the strings on the copy (RocketMQ's two steps)."""
-    cdef frozenset tags
-    cdef uint32_t hashes[HASHES_MAX]
-    cdef uint32_t count
-
-    def __init__(self, tags):
-        cdef bytes tag
-        if len(tags) > HASHES_MAX:
-            raise _errors.BadRequest(f"{len(tags)} tags in one subscription, at most {HASHES_MAX}")
-        self.tags = frozenset(tags)
-        self.count = 0
-        for tag in self.tags:
-            self.hashes[self.count] = sb_tag_hash(<const uint8_t *>PyBytes_AS_STRING(tag), <uint32_t>len(tag))
-            self.count += 1
-
-    cdef inline bint may_match(self, uint32_t tag_hash) noexcept:
-        cdef uint32_t i
-        for i in range(self.count):
-            if self.hashes[i] == tag_hash:
-                return True
-        return False
-
-    cdef bint matches(self, bytes record):
-        cdef const sb_record *h = <const sb_record *>PyBytes_AS_STRING(record)
-        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(record) + SB_RECORD_HEADER, h.tags_bytes) in self.tags
-
 
 @cython.final
 cdef class _Source:
@@ -77,7 +46,7 @@ cdef class _Source:
     cdef uint64_t life  # of the table: what its state word says as long as it is this group's and queue's
     cdef uint32_t topic_id, queue_id
     cdef sb_cursor cursor
-    cdef _TagFilter filter  # None: every message
+    cdef _Filter filter  # None: every message
     cdef bint retries      # the group's own %RETRY% topic: copies that say where they come from, with the deliveries so far
     cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
     cdef uint64_t entries_first

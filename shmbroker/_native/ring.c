@@ -34,6 +34,16 @@ int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header)
                : SB_INVALID;
 }
 
+int sb_ring_peek_properties(const sb_region *r, const sb_record *header, uint8_t *buffer)
+{
+    uint64_t bytes = (uint64_t)header->tags_bytes + header->keys_bytes + header->properties_bytes;
+    if (bytes > r->ring_bytes) {
+        return SB_BEHIND;
+    }
+    sb_racy_copy(buffer, r->ring + ((header->position + SB_RECORD_HEADER) & r->ring_mask), bytes);
+    return still_there(r, header->position) ? SB_OK : SB_BEHIND;
+}
+
 int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size)
 {
     sb_record header;

@@ -66,5 +66,7 @@ int sb_append_lock_check(sb_region *r);
 int sb_ring_read(const sb_region *r, uint64_t position, uint8_t *buffer, uint64_t room, uint32_t *size);
 /* Only the header, validated against write_limit but not by the CRC: for filters. */
 int sb_ring_peek(const sb_region *r, uint64_t position, sb_record *header);
+/* Copy tags, keys and properties of the record whose header a peek has found, for filters as well: SB_OK | SB_BEHIND. */
+int sb_ring_peek_properties(const sb_region *r, const sb_record *header, uint8_t *buffer);
 
 #endif

@@ -68,11 +68,15 @@ static void what_was_appended_is_read_back(void)
     sb_record h = header_at(0);
     CHECK(h.queue_id == 2 && h.topic_id == 1 && h.born_ns == 77 && h.incarnation == 9 && h.sequence == 5 && h.attempts == 3);
     CHECK(h.group_bytes == 0 && h.flags == 0 && h.tag_hash == item.tag_hash && h.epoch == 1 && h.unflushed == 0);
+    CHECK_EQ(sb_ring_peek_properties(&b.r, &h, copy), SB_OK);
+    CHECK(memcmp(copy, parts, 15) == 0);
     CHECK_EQ(sb_ring_read(&b.r, 0, copy, 90, &size), SB_NO_SPACE);
     CHECK_EQ(size, SB_RECORD_HEADER + 23);
     CHECK_EQ(sb_ring_read(&b.r, end, copy, sizeof copy, &size), SB_END);
     CHECK_EQ(sb_ring_read(&b.r, 4, copy, sizeof copy, &size), SB_INVALID);
     CHECK_EQ(sb_ring_read(&b.r, 8, copy, sizeof copy, &size), SB_INVALID);
+    sb_store(&sb_marks(&b.r)->write_limit, RING + 1); /* somebody overwrites it since the peek */
+    CHECK_EQ(sb_ring_peek_properties(&b.r, &h, copy), SB_BEHIND);
     broker_close(&b);
 }
 
