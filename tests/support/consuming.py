@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shmbroker import CorruptLog, Message, ReceivedMessage, SimpleConsumer
+from shmbroker import CorruptLog, Message, ReceivedMessage, SimpleConsumer, Sql
 from shmbroker.broker import Broker
 
 ALL: Final = {"orders": "*"}
@@ -55,11 +55,11 @@ def bodies_of(messages: list[ReceivedMessage]) -> list[bytes]:
     return [message.body for message in messages]
 
 
-def deliverable(broker: Broker, group: str, tags: str = "*") -> tuple[set[int], list[CorruptLog]]:
+def deliverable(broker: Broker, group: str, wanted: str | Sql = "*") -> tuple[set[int], list[CorruptLog]]:
     """Numbers, of which bodies begin with one, that the group gets until only damage is left; and what told of that."""
     numbers: set[int] = set()
     damages: list[CorruptLog] = []
-    with broker.simple_consumer(group, {"orders": tags}) as consumer:
+    with broker.simple_consumer(group, {"orders": wanted}) as consumer:
         while len(damages) < 2:  # once more after the first: each queue may have something to say
             try:
                 messages = consumer.receive(100)
