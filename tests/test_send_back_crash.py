@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,62 @@ def test_a_message_that_kills_its_consumers_is_a_dead_letter_after_exactly_seven
         )
     (dead,) = dead_letters(broker)
     assert (dead.body, dead.attempts) == (b"poison", 17)
+
+
+# Fails with most messages, most of them again and again; what it acknowledges goes into its history first.
+FAILING = """
+    import os, random, sys, shmbroker
+    from shmbroker.send_back import SendBack
+    broker = shmbroker.open(sys.argv[1])
+    chance = random.Random(int(sys.argv[3]))
+    history = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    consumer = broker.simple_consumer("random", {"random": "*"})
+    send_back = SendBack(broker, consumer)
+    print("ready")
+    while True:
+        for message in consumer.receive(8, wait=1.0):
+            if chance.random() < 0.3:
+                os.write(history, message.body + b"\\n")
+                consumer.ack(message)
+            else:
+                send_back.later(message)
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_leave_each_message_acknowledged_or_a_dead_letter_once(
+    broker: Broker, tmp_path: Path
+) -> None:
+    count, chance = 400, random.Random(20261121)
+    broker.create_topic("random", queues=2)
+    broker.create_group("random", at_once(8))
+    with broker.producer("test") as producer:
+        for first in range(0, count, 50):
+            producer.send_batch([Message("random", b"%d" % number) for number in range(first, first + 50)])
+    children = 0
+    while children < 8:
+        with ExitStack() as running_children:
+            for _ in range(2):
+                history = tmp_path / str(children)
+                child = Child(FAILING, broker.directory, history, children)
+                running_children.enter_context(child)
+                assert child.read_line() == "ready"
+                children += 1
+            threading.Event().wait(chance.random() * 0.2)  # they die at some moment or other
+    acknowledged: Counter[bytes] = Counter()
+    with broker.simple_consumer("random", {"random": "*"}) as consumer:
+        while messages := consumer.receive(32, wait=1.0):
+            acknowledged.update(message.body for message in messages)
+            consumer.ack(messages)
+    dead = Counter(record.body for record in dead_letters(broker, "random"))
+    assert set(acknowledged.values()) <= {1}
+    assert set(dead.values()) <= {1}
+    assert not acknowledged.keys() & dead.keys()
+    noted = {line for path in tmp_path.iterdir() for line in path.read_bytes().split()}
+    # One that was noted was acknowledged behind that, unless its process was killed in between.
+    assert len(noted & (acknowledged.keys() | dead.keys())) <= children
+    assert noted | acknowledged.keys() | dead.keys() == {b"%d" % number for number in range(count)}
+    assert dead
 
 
 # Then everything is killed and the memory taken away; nothing but the moves has recorded progress.

@@ -347,7 +347,7 @@ def test_a_clean_stop_leaves_a_snapshot_and_nothing_to_replay_before_it(director
         for number in range(100):
             producer.send(Message("orders", b"%d" % number))
         wait_word(broker, "dispatched", broker.region.get("tail"))
-        wait_until(lambda: len(broker.region.workers()) == 4, "all workers")
+        wait_until(lambda: len(broker.region.workers()) == 5, "all workers")
     kinds = [RecordKind(record.kind) for record in log_records(directory)]
     begin = len(kinds) - kinds[::-1].index(RecordKind.SNAPSHOT_BEGIN) - 1
     assert kinds[begin:] == [RecordKind.SNAPSHOT_BEGIN, RecordKind.TOPIC, RecordKind.SNAPSHOT_END]
