@@ -387,7 +387,8 @@ class ConsumerCore:
         """
     def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage], *, durable: bool | None = None) -> None:
         """These are done. Raises ReceiptExpired for those that are no longer this consumer's (``error.messages``); the
-        others are acknowledged all the same. BrokerFenced: another directory was promoted.
+        others are acknowledged all the same; so they are if it is BrokerBusy, whose ``messages`` a stopped process holds
+        up. BrokerFenced: another directory was promoted. TypeError: none is acknowledged.
 
         The acknowledgement survives the death of every process at once, and a power cut once the group's progress has
         been written to the log (``progress_interval``). ``durable=True`` writes it now and returns when it is on the
