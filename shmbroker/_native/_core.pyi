@@ -283,6 +283,8 @@ class Region:
         """Each claim table: group, group_id, topic, topic_id, queue_id, base, next, next_offset, acked: [(first, count)],
         attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation; oldest_held
         and oldest_holder (a client slot): who keeps the base back, or None."""
+    def consumed_queues(self) -> list[tuple[int, int, int]]:
+        """(group_id, topic_id, queue_id) of each claim table in use."""
     def progress_records(self, only_changed: bool) -> list[bytes]:
         """Bodies of PROGRESS records (layout.h draws them at sb_progress)."""
     def progress_recorded(self, bodies: Iterable[bytes]) -> None:

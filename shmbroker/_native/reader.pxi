@@ -338,7 +338,13 @@ cdef class _QueueReader:
                 raise
             if len(out) >= room:
                 break
-        if self.corrupt is not None and not out:
+        if not out:
+            self.nothing_found(r)
+        return out
+
+    cdef int nothing_found(self, sb_region *r) except -1:
+        """Whatever kept messages from being found is said once nothing else is to be had."""
+        if self.corrupt is not None:
             error, self.corrupt = self.corrupt, None
             raise error
-        return out
+        return 0
