@@ -76,7 +76,7 @@ def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Pa
         env=environment() | settings,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, "")
     received = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
