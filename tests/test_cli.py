@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from support.command import COMMAND, TIMEOUT, environment, shmbroker, shmbroker_json
+from support.processes import wait_gone
 from support.served import served
 
 from shmbroker import errors
@@ -27,6 +28,21 @@ def commands() -> Iterator[tuple[str, click.Command]]:
         yield name, command
         if isinstance(command, click.Group):
             yield from ((f"{name} {sub}", found) for sub, found in command.commands.items())
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_directory_that_was_typed_wins_over_the_environment_before_and_behind_the_command(
+    tmp_path: Path, place: str
+) -> None:
+    typed, other = tmp_path / "typed", tmp_path / "other"
+    command = ["send", "--topic", "t"]
+    words = ["-d", str(typed), *command] if place == "before" else [*command, "-d", str(typed)]
+    settings = environment() | {"SHMBROKER_DIRECTORY": str(other)}
+    done = subprocess.run([*COMMAND, *words], input=b"x\n", capture_output=True, timeout=TIMEOUT, env=settings)
+    assert done.returncode == 0, done.stderr
+    assert typed.exists()
+    assert not other.exists()
+    wait_gone(typed)
 
 
 def test_the_help_of_every_command_teaches_by_example() -> None:

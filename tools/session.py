@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from shmbroker.naming import BrokerPaths
 from shmbroker.tools.exit_codes import ExitCode
@@ -95,9 +96,13 @@ pass_session = click.make_pass_decorator(Session, ensure=True)
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def callback(ctx: click.Context, _parameter: click.Parameter, value: Any) -> None:
-        if value not in (None, False):
-            setattr(ctx.ensure_object(Session), name, value)
+    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        session = ctx.ensure_object(Session)
+        typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if value not in (None, False) and (
+            typed or not getattr(session, name)
+        ):  # what was typed before the command stays
+            setattr(session, name, value)
 
     return callback
 
