@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
@@ -41,6 +42,10 @@ class ConsumerHome(Protocol):
     """What a consumer asks of the broker handle that made it."""
 
     config: Config
+
+    @property
+    def directory(self) -> Path:
+        """The broker's directory."""
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
@@ -107,6 +112,7 @@ class SimpleConsumer(ConsumerCore):
         self._home = home
         self._tags = tags
         self._was_member = False
+        self._closed = False
         self._subscribe()
 
     def _subscribe(self) -> None:
@@ -211,7 +217,13 @@ class SimpleConsumer(ConsumerCore):
 
         If this process has other consumers in the group, it goes back with the last of them, or when its time is over.
         """
+        self._closed = True
         self._shut()
+
+    def __repr__(self) -> str:
+        tags = format_subscription(self._tags).decode()
+        state = "closed" if self._closed else "open"
+        return f"<{type(self).__name__} of group {self.group!r} for {tags} in {str(self._home.directory)!r}, {state}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")

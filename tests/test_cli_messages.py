@@ -161,7 +161,7 @@ def test_a_command_that_does_nothing_makes_no_directory(
 
 def test_the_code_of_a_send_is_that_of_the_send_also_if_nobody_reads_its_answer(server: Path) -> None:
     shmbroker_json(server, "topic", "create", "t")
-    for permission, code, says in (("rw", 0, b""), ("r", ExitCode.USAGE, b"NoPermission.*Stopped behind line 0")):
+    for permission, code, says in (("rw", 0, b""), ("r", ExitCode.USAGE, b"NoPermission.*; nothing was sent")):
         shmbroker_json(server, "topic", "alter", "t", "--permission", permission)
         pipe = subprocess.PIPE
         sender = start(server, "send", "--topic", "t", stdin=pipe, stdout=pipe, stderr=pipe)
@@ -198,7 +198,16 @@ def test_an_interrupted_send_tells_how_far_it_came(server: Path) -> None:
     told, complaint = sender.communicate(timeout=TIMEOUT)
     assert sender.returncode == ExitCode.INTERRUPTED
     assert told.split() == b"status messages SEND_OK 3".split()
-    assert complaint == b"stopped behind line 3: all before is sent, of the next 1 it is unknown\n"
+    assert complaint == b"stopped behind line 3: all before is sent\n", "it waited for a line: none was under way"
+
+
+def test_a_line_that_is_refused_is_named_by_what_was_sent_before_it(server: Path) -> None:
+    large = b"x" * 65_537
+    for before, says in ((0, "; nothing was sent\n"), (3, "; stopped behind line 3: all before is sent\n")):
+        done = shmbroker(server, "send", "--topic", "t", stdin=feed(lines(before)) + large + b"\n")
+        assert done.returncode == ExitCode.USAGE
+        assert re.fullmatch(r"shmbroker: MessageTooLarge: .*[^.]; (nothing|stopped).*\n", done.stderr), done.stderr
+        assert done.stderr.endswith(says)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
