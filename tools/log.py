@@ -240,7 +240,7 @@ def _stopped(session: Session) -> Iterator[None]:
     lock = process.DirectoryLock(paths)
     try:
         if not lock.acquire():
-            raise Failure(f"a broker runs in {session.directory}; stop it first", ExitCode.RETRY_LATER)
+            raise Failure(f"a broker runs in {session.place}; stop it first", ExitCode.RETRY_LATER)
         if session.attach() is not None:
             raise Failure(
                 "a killed broker's memory may hold what is not on the disk; start the broker and stop it, then again",
