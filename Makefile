@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard shmbroker/_native/*.c shmbroker/_native/*.h shmbroker/_native/*.pyx shmbroker/_native/*.pxi)
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 4# whatever the number of cores: most tests wait, for processes and disks
+
+# Container images like to set it; each of the thousand processes of the tests would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo venv test lint format native-test native-arm bench clean
 .DELETE_ON_ERROR:
@@ -25,7 +29,7 @@ demo: $(VENV)/.installed
 venv: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.test-tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m shmbroker.tools.bench

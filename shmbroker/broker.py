@@ -299,6 +299,9 @@ class Broker:
         text = f"unclosed broker of {self._paths.directory}: close it, or open it in a with statement"
         warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {str(self.directory)!r}, {'closed' if self._closed else 'open'}>"
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a Broker belongs to its process and cannot be pickled: pass the directory, and call "

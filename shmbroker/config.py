@@ -294,7 +294,7 @@ class Config:
             raise ConfigError(f"unknown setting {min(unknown)!r}{_hint(min(unknown), _SPELLINGS)}")
         for key in ("ring_bytes", "segment_bytes"):
             if key in settings and not isinstance(settings[key], int):
-                raise ConfigError(f"{key} = {settings[key]!r}: {_wanted(key)}")
+                raise ConfigError(f"{key} = {settings[key]!r}: {_wanted(key)}{_size_meant(key, settings[key])}")
         chosen = frozenset(settings)
         settings = DEFAULTS | dict(settings)
         smallest = min(settings["ring_bytes"], settings["segment_bytes"])
@@ -433,11 +433,16 @@ def _wanted(key: str) -> str:
     return f"must be {noun}{limits_text(key)}"
 
 
-def _meant_binary(value: Any, rule: Rule) -> str:
-    """A hint for whoever wrote "8 MB", which is no power of two."""
-    if not isinstance(value, int) or value == 0 or value % 10**6 or not (rule.power_of_two or rule.multiple_of > 1):
+def _size_meant(key: str, value: Any) -> str:
+    """A hint for whoever wrote "4M", or "8 MB", which is no power of two."""
+    if not key.endswith("_bytes"):
         return ""
-    return f'; {value // 10**6} MB is a decimal size: did you mean "{value // 10**6} MiB"?'
+    if isinstance(value, str):
+        return '; as text: a whole number and one of B, KiB, MiB, GiB, KB, MB, GB, as in "4 MiB"'
+    if not isinstance(value, int) or value == 0 or value % 10**6:
+        return ""
+    bounded = RULES[key].power_of_two or RULES[key].multiple_of > 1
+    return f'; {value // 10**6} MB is a decimal size: did you mean "{value // 10**6} MiB"?' if bounded else ""
 
 
 def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
@@ -448,7 +453,7 @@ def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
                 f"{item.name} = {value!r}: replication comes with a later version; here it {_wanted(item.name)}"
             )
         if not _acceptable(value, _type_of(item.name), item.metadata["rule"]):
-            hint = _meant_binary(value, item.metadata["rule"])
+            hint = _size_meant(item.name, value)
             raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}{hint}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
@@ -40,6 +41,10 @@ class ConsumerHome(Protocol):
 
     config: Config
     files: LogFiles
+
+    @property
+    def directory(self) -> Path:
+        """The broker's directory."""
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
@@ -97,6 +102,7 @@ class SimpleConsumer(ConsumerCore):
         self._wanted = wanted
         self._send_back = SendBack(home, self)
         self._was_member = False
+        self._closed = False
         self._subscribe()
 
     def _subscribe(self) -> None:
@@ -207,7 +213,13 @@ class SimpleConsumer(ConsumerCore):
 
         If this process has other consumers in the group, it goes back with the last of them, or when its time is over.
         """
+        self._closed = True
         self._shut()
+
+    def __repr__(self) -> str:
+        tags = format_subscription(self._tags).decode()
+        state = "closed" if self._closed else "open"
+        return f"<{type(self).__name__} of group {self.group!r} for {tags} in {str(self._home.directory)!r}, {state}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")

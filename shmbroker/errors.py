@@ -55,12 +55,14 @@ class Retryable(ShmBrokerError):
 class BrokerBusy(Retryable):
     """The ring stayed full or the append lock stayed taken until the send timeout. Nothing was stored.
 
-    ``holder_pid`` names the process that holds the append lock, if that was the cause; else it is None.
+    ``holder_pid`` names the process that holds the append lock, if that was the cause; else it is None. ``messages``
+    are those of an acknowledgement that a stopped process holds up: try again with them; the others' stands.
     """
 
-    def __init__(self, message: str, holder_pid: int | None = None) -> None:
+    def __init__(self, message: str, holder_pid: int | None = None, messages: Sequence[object] = ()) -> None:
         super().__init__(message)
         self.holder_pid = holder_pid
+        self.messages = list(messages)
 
 
 class NotReady(Retryable):

@@ -6,6 +6,7 @@ change while it is read.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -73,6 +74,7 @@ def of_running(region: Region, descriptor: Descriptor, paths: BrokerPaths) -> di
         "waits": dict(Counter(waiter["kind"] for waiter in region.waiters() if waiter["state"] != "idle")),
         "topics": len(region.topics()),
         "groups": len(region.groups()),
+        "unserved": _unserved(region),
         "memory": memory_use(descriptor),
         "disk": disk_use(paths),
     }
@@ -124,6 +126,11 @@ def findings(health: dict[str, Any]) -> list[str]:
             f"process {holder['pid']} ({holder['command']}) is stopped and holds the append lock, nobody can send: "
             f"kill -CONT {holder['pid']}, or kill -9 it and the lock is repaired at once"
         )
+    found += [
+        f"group {place['group']!r} cannot consume {place['topic']}{place['queues']}, where messages wait: all claim "
+        "tables are in use. Start the broker anew with more claim_tables, or delete groups or topics that nobody needs"
+        for place in health["unserved"]
+    ]
     if health["ring"]["fill"] > RING_NEARLY_FULL:
         found.append("the ring is nearly full of what is not on the disk yet: the disk is slower than the producers")
     return found
@@ -142,6 +149,27 @@ def _abandoned(health: dict[str, Any]) -> str:
         f"its supervisor was killed, and nobody works for it: {remedy}. What was sent is kept in memory; clients can "
         "send until the ring is full"
     )
+
+
+def _unserved(region: Region) -> list[dict[str, Any]]:
+    """Queues with messages that their groups cannot be given, since there are too few claim tables."""
+    consumed = set(region.consumed_queues())
+    if len(consumed) < region.limits["claim_tables"]:
+        return []
+    found = []
+    topics = region.topics()
+    for group in region.groups():
+        subscribed = json.loads(group["subscription"] or "{}")
+        for topic in (topic for topic in topics if topic["name"] in subscribed):
+            queues = [
+                queue["queue_id"]
+                for queue in topic["queues"]
+                if (group["group_id"], topic["topic_id"], queue["queue_id"]) not in consumed
+                and queue["next_offset"] > queue["first_offset"]
+            ]
+            if queues:
+                found.append({"group": group["name"], "topic": topic["name"], "queues": queues})
+    return found
 
 
 def _damage(region: Region) -> int | None:

@@ -52,7 +52,7 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
     try:
         pidfd = os.pidfd_open(pid)
     except (ProcessLookupError, OSError) as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL):
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # the latter two: a thread has that id by now
             return None
         raise
     if _core.start_ticks(pid) != start_ticks or has_ended(pidfd):
@@ -74,8 +74,12 @@ def wait_ended(pidfd: int, timeout: float) -> bool:
 
 
 def exists(pid: int) -> bool:
-    """True while some process has that pid, whichever it is."""
-    return _core.start_ticks(pid) != 0
+    """True while some process lives under that pid, whichever it is. A zombie is dead: perhaps nobody waits for it."""
+    pidfd = open_pidfd(pid, _core.start_ticks(pid))
+    if pidfd is None:
+        return False
+    os.close(pidfd)
+    return True
 
 
 def is_alive(identity: Identity) -> bool:

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar
 
@@ -53,6 +54,10 @@ class ProducerHome(Protocol):
 
     config: Config
     files: LogFiles
+
+    @property
+    def directory(self) -> Path:
+        """The broker's directory."""
 
     def attach(self) -> Client:
         """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
@@ -206,6 +211,10 @@ class Producer(ProducerCore):
         if completion is not None:
             completion.close()
         self._shut()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<{type(self).__name__} of group {self.group!r} in {str(self._home.directory)!r}, {state}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Producer belongs to its process and cannot be pickled: open the broker in the other process")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import shmbroker as shmbroker_command
 from support.command import shmbroker_json
 from support.running import running, worker_pid
 
 import shmbroker
 from shmbroker import Message
+from shmbroker.tools.exit_codes import ExitCode
 
 
 @pytest.mark.parametrize("flushes", [1, 15])
@@ -41,3 +43,13 @@ def test_a_backup_of_a_read_only_store_has_every_acknowledged_message(
                 received += [int(message.body.split()[0]) for message in messages]
                 consumer.ack(messages)
         assert sorted(received) == sent
+
+
+def test_a_backup_makes_no_directories_above_its_target(directory: Path, tmp_path: Path) -> None:
+    """It would fill the disk below a place where the disk for backups is not mounted."""
+    missing = tmp_path / "mnt" / "backups"
+    with running(directory):
+        refused = shmbroker_command(directory, "backup", str(missing / "orders"))
+        assert (refused.returncode, refused.stdout) == (ExitCode.USAGE, "")
+        assert f"{missing} is no directory; make it (mkdir -p {missing})" in refused.stderr
+        assert not (tmp_path / "mnt").exists()

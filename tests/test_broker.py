@@ -35,6 +35,16 @@ def test_an_empty_path_makes_no_broker_in_the_current_directory(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_handle_shows_where_it_works_for_whom_and_whether_it_is_closed(directory: Path) -> None:
+    place = repr(str(directory))
+    with shmbroker.open(directory, **QUICK) as broker:
+        producer, consumer = broker.producer("p"), broker.simple_consumer("g", {"t": "a || b"})
+        assert repr(broker) == f"<Broker of {place}, open>"
+        assert repr(producer) == f"<Producer of group 'p' in {place}, open>"
+        assert repr(consumer) == f'<SimpleConsumer of group \'g\' for {{"t":"a || b"}} in {place}, open>'
+    assert [repr(handle)[-8:] for handle in (broker, producer, consumer)] == [" closed>"] * 3
+
+
 # ---- groups
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 import pytest
 from support.command import COMMAND, TIMEOUT, environment, shmbroker, shmbroker_json
+from support.processes import wait_gone
 from support.served import served
 
 from shmbroker import errors
 from shmbroker.tools.cli import COMMANDS, HIDDEN, cli
-from shmbroker.tools.exit_codes import ExitCode, exit_code
+from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
 from shmbroker.workers.common import Exit
 
 
@@ -27,6 +28,21 @@ def commands() -> Iterator[tuple[str, click.Command]]:
         yield name, command
         if isinstance(command, click.Group):
             yield from ((f"{name} {sub}", found) for sub, found in command.commands.items())
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_directory_that_was_typed_wins_over_the_environment_before_and_behind_the_command(
+    tmp_path: Path, place: str
+) -> None:
+    typed, other = tmp_path / "typed", tmp_path / "other"
+    command = ["send", "--topic", "t"]
+    words = ["-d", str(typed), *command] if place == "before" else [*command, "-d", str(typed)]
+    settings = environment() | {"SHMBROKER_DIRECTORY": str(other)}
+    done = subprocess.run([*COMMAND, *words], input=b"x\n", capture_output=True, timeout=TIMEOUT, env=settings)
+    assert done.returncode == 0, done.stderr
+    assert typed.exists()
+    assert not other.exists()
+    wait_gone(typed)
 
 
 def test_the_help_of_every_command_teaches_by_example() -> None:
@@ -118,6 +134,26 @@ def test_every_command_refuses_a_mistyped_variable_before_it_does_anything(tmp_p
     )
     assert done.returncode == (Exit.CONFIG if name in ("serve", "worker") else ExitCode.USAGE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("recieve", "'receive'"), ("topics", "'topic'"), ("topic lst", "'list'"), ("ipc claen", "'clean'")],
+)
+def test_a_mistyped_command_is_refused_with_what_was_meant(tmp_path: Path, typed: str, meant: str) -> None:
+    done = shmbroker(tmp_path, *typed.split())
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.endswith(f"Error: No such command '{typed.rsplit(maxsplit=1)[-1]}'. Did you mean {meant}?\n")
+
+
+def test_a_command_like_no_other_is_refused_with_where_they_are_listed(tmp_path: Path) -> None:
+    done = shmbroker(tmp_path, "topic", "xyzzy")
+    assert done.stderr.endswith("Error: No such command 'xyzzy'. `shmbroker topic --help` lists them.\n")
+
+
+def test_a_remedy_that_the_error_names_itself_is_not_given_twice() -> None:
+    assert remedy(errors.CorruptLog("position 7: no record")).startswith("`shmbroker log verify`")
+    assert remedy(errors.CorruptLog("position 7: no record. `shmbroker log verify` shows the extent")) == ""
 
 
 def test_the_exit_codes_are_those_of_the_documents() -> None:

@@ -227,6 +227,16 @@ def test_counts_that_a_stop_forgets_say_so(tmp_path: Path) -> None:
             assert "delivered since the broker started" in shmbroker(tmp_path / "broker", "group", "show", "g").stdout
 
 
+def test_a_broker_that_has_just_started_shows_no_count_of_deliveries(tmp_path: Path) -> None:
+    """Without a server each command may be the first of a broker: what the one before delivered it cannot know."""
+    with served(tmp_path / "broker"):
+        shmbroker_json(tmp_path / "broker", "send", "--topic", "t", stdin=b"1\n")
+        assert shmbroker(tmp_path / "broker", "receive", "--group", "g", "--topic", "t").stdout == "1\n"
+    shown = shmbroker(tmp_path / "broker", "group", "show", "g").stdout
+    assert (" lag " in shown, "delivered" in shown) == (True, False)
+    wait_for_the_end(tmp_path / "broker")
+
+
 def test_a_second_server_is_refused(server: Path) -> None:
     second = shmbroker(server, "serve")
     assert second.returncode != 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from support.command import TIMEOUT, shmbroker, shmbroker_json
+from support.command import COMMAND, TIMEOUT, environment, shmbroker, shmbroker_json
 from support.served import SETTINGS, feed, lines, served, start, wait_for_the_end
 from support.waiting import wait_until
 
@@ -161,7 +161,7 @@ def test_a_command_that_does_nothing_makes_no_directory(
 
 def test_the_code_of_a_send_is_that_of_the_send_also_if_nobody_reads_its_answer(server: Path) -> None:
     shmbroker_json(server, "topic", "create", "t")
-    for permission, code, says in (("rw", 0, b""), ("r", ExitCode.USAGE, b"NoPermission.*Stopped behind line 0")):
+    for permission, code, says in (("rw", 0, b""), ("r", ExitCode.USAGE, b"NoPermission.*; nothing was sent")):
         shmbroker_json(server, "topic", "alter", "t", "--permission", permission)
         pipe = subprocess.PIPE
         sender = start(server, "send", "--topic", "t", stdin=pipe, stdout=pipe, stderr=pipe)
@@ -198,7 +198,16 @@ def test_an_interrupted_send_tells_how_far_it_came(server: Path) -> None:
     told, complaint = sender.communicate(timeout=TIMEOUT)
     assert sender.returncode == ExitCode.INTERRUPTED
     assert told.split() == b"status messages SEND_OK 3".split()
-    assert complaint == b"stopped behind line 3: all before is sent, of the next 1 it is unknown\n"
+    assert complaint == b"stopped behind line 3: all before is sent\n", "it waited for a line: none was under way"
+
+
+def test_a_line_that_is_refused_is_named_by_what_was_sent_before_it(server: Path) -> None:
+    large = b"x" * 65_537
+    for before, says in ((0, "; nothing was sent\n"), (3, "; stopped behind line 3: all before is sent\n")):
+        done = shmbroker(server, "send", "--topic", "t", stdin=feed(lines(before)) + large + b"\n")
+        assert done.returncode == ExitCode.USAGE
+        assert re.fullmatch(r"shmbroker: MessageTooLarge: .*[^.]; (nothing|stopped).*\n", done.stderr), done.stderr
+        assert done.stderr.endswith(says)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
@@ -228,3 +237,41 @@ def test_without_a_running_broker_send_starts_one_and_it_goes_again(tmp_path: Pa
     wait_for_the_end(directory)
     assert shmbroker(directory, "receive", "--group", "g", "--topic", "t", "--max", "1").stdout == "kept\n"
     wait_for_the_end(directory)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_command_that_makes_a_new_broker_says_where(tmp_path: Path, by_environment: bool) -> None:
+    """A mistyped directory is a new one; so is the one that a forgotten variable of another project names."""
+    for command in ("topic create t", "send --topic t"):
+        made = tmp_path / command.split()[0]
+        chosen = [] if by_environment else ["-d", made.name]
+        named = {"SHMBROKER_DIRECTORY": made.name} if by_environment else {}
+        told = [
+            subprocess.run(
+                [*COMMAND, *chosen, *command.split()],
+                cwd=tmp_path,
+                env=environment() | {"SHMBROKER_RING_BYTES": "1 MiB", "SHMBROKER_SEGMENT_BYTES": "1 MiB"} | named,
+                input=b"line\n",
+                stderr=subprocess.PIPE,
+                timeout=TIMEOUT,
+                check=True,
+            ).stderr.decode()
+            for _ in range(2)
+        ]
+        by = " (named by SHMBROKER_DIRECTORY)" if by_environment else ""
+        assert told == [f"made a new broker in {made}{by}\n", ""], "and once only"
+        wait_for_the_end(made)
+
+
+def test_an_error_about_a_directory_shows_it_in_full_and_who_names_it(tmp_path: Path) -> None:
+    for named, by in (([], " (named by SHMBROKER_DIRECTORY)"), (["-d", "typed"], "")):
+        done = subprocess.run(
+            [*COMMAND, *named, "status"],
+            cwd=tmp_path,
+            env=environment() | {"SHMBROKER_DIRECTORY": "other"},
+            capture_output=True,
+            timeout=TIMEOUT,
+        )
+        place = tmp_path / (named[-1] if named else "other")
+        assert done.stderr.decode().startswith(f"shmbroker: {place}{by} is no broker's directory; ")
+        assert done.returncode == ExitCode.NOT_SERVED

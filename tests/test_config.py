@@ -75,6 +75,8 @@ def test_a_setting_may_be_spelt_as_people_know_it(tmp_path: Path, text: str, key
         ),
         ({"ring_bytes": "much"}, "ring_bytes = 'much': must be an integer"),
         ({"segment_bytes": 65537}, "segment_bytes = 65537: .* a multiple of 4096"),
+        ({"ring_bytes": "4M"}, 'a power of two; as text: .* one of B, KiB, MiB, .*, as in "4 MiB"$'),
+        ({"ring_bytes": "4 MB?"}, 'one of B, KiB, MiB, GiB, KB, MB, GB, as in "4 MiB"$'),
         ({"ring_bytes": "8 MB"}, 'a power of two; 8 MB is a decimal size: did you mean "8 MiB"\\?$'),
         ({"sync_flush_timeout": "5"}, "^sync_flush_timeout = '5': must be a number of seconds, 0.001 to 3600$"),
         ({"sync_flush_timeout": float("nan")}, "sync_flush_timeout = nan"),

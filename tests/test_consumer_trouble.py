@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.consuming import ALL, CONSUMER, asleep, bodies_of, drain, numbered, send
-from support.processes import SMALL, Child, stop_broker
+from support.processes import SMALL, Child, stop_broker, wait_for_workers
 from support.running import QUICK, lose_memory, running, wait_word
 from support.waiting import wait_until
 
@@ -110,12 +110,36 @@ def test_more_threads_may_wait_for_messages_than_there_are_wait_slots(directory:
 def test_a_consumer_for_whose_queues_there_is_no_room_is_refused_when_it_is_made(directory: Path) -> None:
     with shmbroker.open(directory, **{**SMALL, "claim_tables": 5}) as broker:
         broker.create_topic("orders", queues=4)
-        with broker.simple_consumer("audit", ALL) as consumer:
-            with pytest.raises(LimitReached, match="claim_tables = 5"):
+        with broker.simple_consumer("audit", ALL):
+            with pytest.raises(LimitReached, match=r"'billing' cannot consume orders\[0\], .* claim_tables = 5"):
                 broker.simple_consumer("billing", ALL)
+            assert {queue["group"] for queue in broker.region.progress()} == {"audit"}, "nothing is kept for the other"
+
+
+def test_queues_without_a_claim_table_keep_no_group_from_the_others_and_are_named(directory: Path) -> None:
+    with shmbroker.open(directory, **{**SMALL, "claim_tables": 6}) as broker:
+        wait_for_workers(directory)
+        broker.create_topic("orders", queues=4)
+        broker.create_topic("spare", queues=2)
+        with broker.simple_consumer("audit", ALL) as consumer, broker.simple_consumer("idle", {"spare": "*"}):
             broker.alter_topic("orders", queues=6)
-            with pytest.raises(LimitReached, match="claim_tables = 5"):
-                consumer.receive(1)
+            send(broker, b"old", queue_id=3)
+            assert drain(consumer, 1) == [b"old"]
+            assert consumer.receive(1) == [], "nothing waits in the queues that cannot be consumed"
+            assert broker.status()["findings"] == []
+            send(broker, b"new", queue_id=5)
+            send(broker, b"old", queue_id=3)
+            assert drain(consumer, 1) == [b"old"]
+            with pytest.raises(LimitReached, match=r"'audit' cannot consume orders\[5\]: .* claim_tables = 6"):
+                consumer.receive(1, wait=10.0)
+            (finding,) = broker.status()["findings"]
+            assert finding.startswith("group 'audit' cannot consume orders[5], where messages wait")
+        with broker.simple_consumer("audit", ALL) as consumer:  # as the program does when it is started again
+            send(broker, b"more", queue_id=0)
+            assert drain(consumer, 1) == [b"more"]
+            broker.delete_group("idle")
+            assert drain(consumer, 1) == [b"new"], "with a table of the group that was deleted"
+            assert broker.status()["findings"] == []
 
 
 def test_a_lagging_consumer_reads_every_message_in_order_from_the_files(directory: Path) -> None:

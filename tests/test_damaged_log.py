@@ -53,6 +53,16 @@ def damage(directory: Path, records: list[Record], first: int, count: int) -> se
     return {int(record.body.split()[0]) for record in victims}
 
 
+def let_the_dispatcher_lag(broker: Broker) -> tuple[int, int]:
+    """Stop it before all messages are sent and on the disk. Its pid, and the log's end."""
+    dispatcher = worker_pid(broker, "dispatcher")
+    os.kill(dispatcher, signal.SIGSTOP)
+    send_all(broker)
+    end = broker.region.get("tail")
+    wait_word(broker, "flushed", end)
+    return dispatcher, end
+
+
 def stopped_cleanly(directory: Path) -> bool:
     wait_gone(directory)
     checkpoint = CheckpointFile(BrokerPaths(directory).checkpoint).read()
@@ -99,12 +109,7 @@ def test_what_the_disk_loses_before_the_dispatcher_has_it_is_not_passed_over_in_
     """The dispatcher lags behind the ring: for the damaged messages it has no entry in the consume queues."""
     directory = tmp_path / "b"
     with running(directory, **SETTINGS) as broker:
-        wait_until(lambda: starts_of(broker, "dispatcher"), "the dispatcher")
-        dispatcher = worker_pid(broker, "dispatcher")
-        os.kill(dispatcher, signal.SIGSTOP)
-        send_all(broker)
-        end = broker.region.get("tail")
-        wait_word(broker, "flushed", end)
+        dispatcher, end = let_the_dispatcher_lag(broker)
         swallowed = damage(directory, log_records(directory, end), SEGMENT, 10)
         os.kill(dispatcher, signal.SIGCONT)
         wait_word(broker, "dispatched", end)
@@ -127,12 +132,7 @@ def test_what_the_disk_loses_before_the_dispatcher_has_it_is_not_passed_over_in_
 def test_a_block_that_the_disk_cannot_read_is_damage_to_the_dispatcher_and_no_reason_to_die(tmp_path: Path) -> None:
     directory = tmp_path / "b"
     with running(directory, **SETTINGS) as broker:
-        wait_until(lambda: starts_of(broker, "dispatcher"), "the dispatcher")
-        dispatcher = worker_pid(broker, "dispatcher")
-        os.kill(dispatcher, signal.SIGSTOP)
-        send_all(broker)
-        end = broker.region.get("tail")
-        wait_word(broker, "flushed", end)
+        dispatcher, end = let_the_dispatcher_lag(broker)
         with failing("preadv,preadv2:error=EIO:when=1..20", dispatcher, tmp_path / "calls"):
             os.kill(dispatcher, signal.SIGCONT)
             wait_word(broker, "dispatched", end)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import objects_of
+from support.claims import HELD_TO_MOVING, claims_in, control_words
 from support.consuming import ALL, bodies_of, numbered, send
 from support.processes import SMALL, Child, kill_all
 from support.progress import RunKind, decode_progress
@@ -17,6 +18,7 @@ from support.running import log_records, running, worker_pid
 from support.waiting import wait_until
 
 import shmbroker
+from shmbroker import BrokerBusy
 from shmbroker.broker import Broker
 from shmbroker.record import RecordKind
 
@@ -201,6 +203,35 @@ def test_an_acknowledgement_that_another_is_just_moving_the_base_over_is_recorde
             assert acked | set(range(progress.base)) == {0, 1, 2, 3, 4}
             os.kill(other.pid, signal.SIGCONT)
             assert other.wait() == 0
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_what_a_stopped_append_holds_up_is_named_and_the_others_acknowledgement_is_done(
+    directory: Path, durable: bool
+) -> None:
+    with running(directory, **SELDOM) as broker:
+        broker.create_topic("orders", queues=1)
+        send(broker, *numbered(5))
+        with broker.simple_consumer("audit", ALL) as consumer, control_words(directory) as words:
+            messages = consumer.receive(5)
+            place = claims_in(words, consumer.client.slot)[1]
+            words[place] ^= HELD_TO_MOVING
+            with pytest.raises(BrokerBusy, match=r"these alone: orders\[0\] offset 1$") as caught:
+                consumer.ack(messages, durable=durable)
+            assert caught.value.messages == [messages[1]]
+            with pytest.raises(BrokerBusy, match="change of the invisible duration"):
+                consumer.change_invisible_duration(messages[1], 60)
+            words[place] ^= HELD_TO_MOVING
+            (table,) = broker.region.progress()
+            assert (table["base"], table["acked"], table["held"]) == (1, [(2, 3)], 1)
+            assert broker.region.clients()[consumer.client.slot]["acks"] == 4
+            last = log_records(directory, broker.region.get("flushed"))[-1] if durable else None
+            if last is not None:
+                progress = decode_progress(last.body)
+                assert progress.base == 1
+                assert [(run.first, run.end) for run in progress.runs if run.kind is RunKind.ACKED] == [(2, 5)]
+            consumer.ack(messages[1])
+            assert [table["base"] for table in broker.region.progress()] == [5]
 
 
 def test_one_record_for_each_queue_that_was_acknowledged(directory: Path) -> None:

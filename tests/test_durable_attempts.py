@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from support.claims import HELD_TO_MOVING, claims_in, control_words
 from support.consuming import ALL, bodies_of, numbered, send
 from support.processes import SMALL, Child, kill_all
 from support.progress import decode_progress
@@ -20,8 +20,6 @@ import shmbroker
 from shmbroker import ReceivedMessage
 from shmbroker._native._core import scan
 from shmbroker.broker import Broker
-from shmbroker.descriptor import read_descriptor
-from shmbroker.naming import BrokerPaths
 from shmbroker.record import Record, RecordFlag, RecordKind
 
 # Progress is written so seldom that only a durable receive can have written it; so is the log flushed.
@@ -216,38 +214,28 @@ def test_the_invisible_time_begins_when_the_caller_has_the_message(directory: Pa
             assert (bodies_of([late, again]), again.delivery_attempt) == ([b"more", b"more"], 2)
 
 
-def claims_in(words: memoryview, slot: int) -> list[int]:
-    """Which words of the control segment are claims of client ``slot``, each the first of its message."""
-    held = 1 | (slot + 1) << 2 | 1 << 14 | 1 << 22  # claim.h draws it: state, holder, attempts, generation, deadline
-    return [i for i, word in enumerate(words) if word & 0xFFFF_FFFF == held and word >> 32]
-
-
 def test_a_claim_that_an_append_decides_about_keeps_its_neighbours_from_nobody(directory: Path) -> None:
     """Whoever was to decide was stopped in the middle: that message stays away, the others are handed out at once."""
     with running(directory, sync_flush_timeout=20.0, **SELDOM) as broker, ThreadPoolExecutor(1) as thread:
         broker.create_topic("orders", queues=1)
         send(broker, *numbered(5))
-        descriptor = read_descriptor(BrokerPaths(directory))
-        assert descriptor is not None
         with (
             broker.simple_consumer("audit", ALL, attempts="durable") as careful,
-            Path(f"/dev/shm{descriptor.control}").open("r+b") as control,
-            mmap.mmap(control.fileno(), 0) as memory,
+            control_words(directory) as words,
         ):
             flusher = worker_pid(broker, "flusher")
             os.kill(flusher, signal.SIGSTOP)
             receiving = thread.submit(careful.receive, 5, 0.0, 0.5)
             wait_until(lambda: broker.region.progress()[0]["held"] == 5, "all claimed")
-            with memoryview(memory) as view, view.cast("Q") as words:
-                places = claims_in(words, careful.client.slot)
-                assert len(places) == 5
-                held = words[places[1]]
-                words[places[1]] = held ^ 3  # HELD to MOVING
-                os.kill(flusher, signal.SIGCONT)
-                messages = receiving.result(timeout=10.0)
-                assert bodies_of(messages) == [b"0", b"2", b"3", b"4"]
-                careful.ack(messages)  # none of them had to wait so long that its time was over
-                words[places[1]] = held
+            places = claims_in(words, careful.client.slot)
+            assert len(places) == 5
+            held = words[places[1]]
+            words[places[1]] = held ^ HELD_TO_MOVING
+            os.kill(flusher, signal.SIGCONT)
+            messages = receiving.result(timeout=10.0)
+            assert bodies_of(messages) == [b"0", b"2", b"3", b"4"]
+            careful.ack(messages)  # none of them had to wait so long that its time was over
+            words[places[1]] = held
             assert broker.region.progress()[0]["held"] == 1
 
 

@@ -6,9 +6,12 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from support.processes import (
 from support.waiting import wait_until
 
 import shmbroker
-from shmbroker import Message, SendStatus, memory
+from shmbroker import Message, SendStatus, memory, process
+from shmbroker._native._core import start_ticks
 from shmbroker.attachment import start_supervisor
 from shmbroker.broker import Broker
 from shmbroker.descriptor import read_descriptor
@@ -94,7 +98,25 @@ def test_a_killed_client_gives_its_slot_back_at_once(broker: Broker, directory: 
         assert child.read_line() == "open"
         assert len(broker.region.clients()) == 2
         child.kill()
-        wait_until(lambda: len(broker.region.clients()) == 1, "the dead client's slot free", deadline=1.0)
+        wait_until(lambda: len(broker.region.clients()) == 1, "the dead client's slot free")
+
+
+def test_a_dead_process_exists_no_more_though_nobody_has_waited_for_it() -> None:
+    """Else a client that was killed while it attached would keep an embedded broker for as long as init is idle."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert process.exists(child.pid)
+        child.kill()
+        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, "the child dead")
+        assert not process.exists(child.pid)
+    assert not process.exists(child.pid)
+
+
+def test_a_pid_that_has_come_round_as_the_id_of_a_thread_is_no_process() -> None:
+    """Else whoever looks at what a dead process has left fails: clients, janitor, `shmbroker ipc`."""
+    with ThreadPoolExecutor(1) as threads:
+        thread = threads.submit(threading.get_native_id).result()
+        assert not process.exists(thread)
+        assert not process.is_alive(process.Identity(thread, start_ticks(thread)))
 
 
 @pytest.mark.crash

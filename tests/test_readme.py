@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from support.command import COMMAND, environment, shmbroker
-from support.processes import wait_gone
+from support.processes import stop_broker, wait_gone
 
 from shmbroker._native._core import Region
 from shmbroker.config import MIB, load
@@ -61,6 +61,9 @@ def test_what_the_readme_says_about_the_cost_is_true() -> None:
 
 def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Path) -> None:
     """Typed one after the other, in one place: every line in turn, in one shell; a failing one fails the test."""
+    directory = tmp_path / "data" / "orders"
+    directory.mkdir(parents=True)
+    (directory / "broker.toml").write_text("embed_grace_ms = 60_000\n")  # a slow machine types slowly
     run_the_example(tmp_path)
     (block,) = re.findall(r"```\n([^`]*shmbroker --help.*?)```", README, flags=re.DOTALL)
     programs = tmp_path / "bin"
@@ -74,7 +77,7 @@ def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Pa
         env=environment() | settings,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, "")
     received = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
@@ -82,4 +85,4 @@ def test_the_example_and_the_command_lines_behind_it_run_as_written(tmp_path: Pa
     assert re.search(r"^ *orders +4 +rw +1 +1$", done.stdout, flags=re.MULTILINE), "the broker of the example"
     assert (tmp_path / "COPY" / "backup.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["COPY", "bin", "data"]
-    wait_gone(tmp_path / "data" / "orders")
+    stop_broker(directory)

@@ -160,9 +160,9 @@ def test_an_object_of_another_group_or_open_to_all_is_refused(place: Path) -> No
 def test_the_setting_is_checked(place: Path) -> None:
     with user(place, OWNER) as owner:
         answer = say(owner, opening(**SMALL, share_with_group="no-such-group"))
-        assert answer == "ConfigError share_with_group = 'no-such-group': there is no such group"
+        assert answer == f"ConfigError share_with_group = 'no-such-group': there is no such group (in {place})"
         answer = say(owner, opening(**SMALL, share_with_group=TEAM))
-        assert answer == f"ConfigError share_with_group: user {OWNER} is no member of group {TEAM}"
+        assert answer == f"ConfigError share_with_group: user {OWNER} is no member of group {TEAM} (in {place})"
     assert group_of({"share_with_group": grp.getgrgid(0).gr_name}) == 0
 
 

@@ -29,7 +29,7 @@ def test_a_removed_directory_ends_the_broker_and_leaves_no_memory(directory: Pat
         objects = objects_of(directory)
         assert len(objects) == 2
         wait_until(lambda: _is_removed(directory), "the directory removed, whatever the workers put into it meanwhile")
-        wait_until(lambda: not any((SHM / name).exists() for name in objects), "no memory left", deadline=2.0)
+        wait_until(lambda: not any((SHM / name).exists() for name in objects), "no memory left")
         wait_gone(directory)
         with pytest.raises(shmbroker.BrokerClosed, match="was removed or moved while it was open"):
             producer.send(shmbroker.Message("orders", b"nowhere"))

@@ -62,6 +62,9 @@ def backup(session: Session, target: Path) -> int:
     session.require_directory()
     if target.exists():
         raise Failure(f"{target} exists already; name a new directory", ExitCode.USAGE)
+    parent = target.absolute().parent
+    if not parent.is_dir():  # perhaps the place of a disk that is not mounted
+        raise Failure(f"{parent} is no directory; make it (mkdir -p {parent}) or name another place", ExitCode.USAGE)
     partial = target.with_name(target.name + ".partial")
     with session.open() as broker:
         copied = _copy(session.paths, broker, partial)
@@ -113,8 +116,8 @@ def _copy(source: BrokerPaths, broker: Broker, partial: Path) -> _Copied:
     stored.close()
     shutil.rmtree(partial, ignore_errors=True)
     log = BrokerPaths(partial).log
-    log.mkdir(mode=0o700, parents=True)
-    partial.chmod(0o700)
+    partial.mkdir(mode=0o700)
+    log.mkdir(mode=0o700)
     copies: list[int] = []
     bases = [base for base in stored.bases if base < end or base == stored.bases[0]]
     with console.progress("copying", end - bases[0]) as advance:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 import click
 
 from shmbroker.errors import ConfigError, ShmBrokerError
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.exit_codes import ExitCode, exit_code, remedy
 from shmbroker.tools.session import ENVIRONMENT_KEY, Failure, common_options
 
@@ -47,7 +48,7 @@ class Terminated(BaseException):
     """SIGTERM, raised in the main thread so that every ``with`` is left in order."""
 
 
-class _Commands(click.Group):
+class _Commands(CommandGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return [name for name in COMMANDS if name not in HIDDEN]
 
@@ -123,7 +124,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return ExitCode.OK
     except (ShmBrokerError, OSError) as error:
         hint = remedy(error)
-        notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         click.echo(f"shmbroker: {type(error).__name__}: {error}{f' ({hint})' if hint else ''}{notes}", err=True)
         return exit_code(error)
     except Exception:  # Python's own code for a traceback is 1, which means "finding" here

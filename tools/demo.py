@@ -128,7 +128,11 @@ def _print_table(told: dict[str, Any]) -> None:
     help="A text file.  [default: the topics of Python's help, pydoc_data/topics.py]",
 )
 @click.option(
-    "--lines", type=click.IntRange(1), default=LINES, show_default=True, help="Repeat the file up to so many lines."
+    "--lines",
+    type=click.IntRange(1),
+    default=LINES,
+    show_default=True,
+    help="Repeat the whole file until it is so many lines.",
 )
 @click.option("--producers", type=click.IntRange(1, 64), default=4, show_default=True, help="Processes that send.")
 @click.option("--consumers", type=click.IntRange(1, 64), default=3, show_default=True, help="Processes that receive.")

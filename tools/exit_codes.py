@@ -64,5 +64,6 @@ def exit_code(error: Exception) -> ExitCode:
 
 
 def remedy(error: Exception) -> str:
-    """What to do about an error; empty if its own text says so."""
-    return next((text for kind, text in _REMEDIES if isinstance(error, kind)), "")
+    """What to do about an error; empty if its own text names one of the commands, and so says it."""
+    text = next((text for kind, text in _REMEDIES if isinstance(error, kind)), "")
+    return "" if any(command in str(error) for command in text.split("`")[1::2]) else text

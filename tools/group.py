@@ -11,11 +11,12 @@ from shmbroker.delays import parse_delay
 from shmbroker.errors import GroupNotExist
 from shmbroker.retry import KINDS, RetryPolicy, parse_policy
 from shmbroker.tools import console, expressions
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.group_lag import brief, lags
 from shmbroker.tools.session import Session, common_options, pass_session
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 @common_options
 def group() -> None:
     """Show consumer groups, their lag, and what they hold back; set how they subscribe and retry; delete them.
@@ -76,11 +77,10 @@ def show(session: Session, name: str) -> None:
         ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),
         ("in flight", f"{lag['in_flight']:,}"),
         ("log held back", console.size(lag["held_back_bytes"])),
-        (
-            "delivered since the broker started",
-            f"{lag['delivered_since_start']:,}, of them again {lag['redelivered_since_start']:,}",
-        ),
     ]
+    if lag["delivered_since_start"]:  # else this command has perhaps just started the broker: 0 would say nothing
+        again = f"of them again {lag['redelivered_since_start']:,}"
+        rows.append(("delivered since the broker started", f"{lag['delivered_since_start']:,}, {again}"))
     console.table("", ["group", name], rows)
     console.table(
         "queues",

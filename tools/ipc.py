@@ -18,6 +18,7 @@ from shmbroker._native._core import Region
 from shmbroker.errors import ShmBrokerError
 from shmbroker.naming import is_object_name
 from shmbroker.tools import console
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Session, common_options, pass_session
 
@@ -39,7 +40,7 @@ class Memory:
     state: str
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 @common_options
 def ipc() -> None:
     """List the shared memory of brokers and remove what dead ones have left.

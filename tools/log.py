@@ -13,6 +13,7 @@ import click
 
 from shmbroker.errors import TopicNotExist
 from shmbroker.tools import console
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
@@ -26,7 +27,7 @@ DIFFERENCES_SHOWN: Final = 20
 _TAKEN: Final = "the rebuilt files have taken the place of the live ones"
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 @common_options
 def log() -> None:
     """Look at the commit log itself, whether or not a broker runs.
@@ -239,7 +240,7 @@ def _stopped(session: Session) -> Iterator[None]:
     lock = process.DirectoryLock(paths)
     try:
         if not lock.acquire():
-            raise Failure(f"a broker runs in {session.directory}; stop it first", ExitCode.RETRY_LATER)
+            raise Failure(f"a broker runs in {session.place}; stop it first", ExitCode.RETRY_LATER)
         if session.attach() is not None:
             raise Failure(
                 "a killed broker's memory may hold what is not on the disk; start the broker and stop it, then again",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shmbroker.tools import console
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _ID_DIGITS = 32
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 @common_options
 def message() -> None:
     """Look up messages by id or by key.

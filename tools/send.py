@@ -71,19 +71,19 @@ def send(
         return ExitCode.OK
     settings = {"flush_disk_type": "SYNC_FLUSH"} if sync else {}
     with session.open(create=True, **settings) as broker, broker.producer(group) as producer:
-        started = time.monotonic()
+        started, in_doubt = time.monotonic(), 0
         try:
             with console.progress("sending", lines.size) as advance:
                 for chunk in chain([first], chunks):
+                    in_doubt = len(chunk)
                     statuses[_send(producer, topic, chunk, tag, keys)] += len(chunk)
+                    in_doubt = 0
                     advance(sum(map(len, chunk)) + len(chunk))
         except BaseException as error:  # Ctrl-C and SIGTERM, too: whoever is interrupted wants to know how far it came
-            done = lines.done(statuses.total())
             if isinstance(error, ShmBrokerError):
-                error.add_note(f"Stopped behind line {done}; what stands before it was sent.")
+                error.add_note(_how_far(statuses.total(), lines, 0))  # what met it is not stored
             else:
-                unknown = f"of the next {batch} it is unknown"
-                click.echo(f"stopped behind line {done}: all before is sent, {unknown}", err=True)
+                click.echo(_how_far(statuses.total(), lines, in_doubt), err=True)
             with suppress(Failure, BrokenPipeError):  # what stopped us is the answer, whoever can read this one
                 _report(session, statuses, lines, time.monotonic() - started)
             raise
@@ -128,6 +128,14 @@ def _send(producer: Producer, topic: str, bodies: list[bytes], tag: str | None, 
     messages = [Message(topic, body, tags=tag, keys=keys or None) for body in bodies]
     result = producer.send(messages[0]) if len(messages) == 1 else producer.send_batch(messages)
     return str(result.status.name)
+
+
+def _how_far(sent: int, lines: _Lines, in_doubt: int) -> str:
+    """``in_doubt``: messages that were just being sent."""
+    if not sent:
+        return f"stopped: of the first {in_doubt} it is unknown" if in_doubt else "nothing was sent"
+    unknown = f", of the next {in_doubt} it is unknown" if in_doubt else ""
+    return f"stopped behind line {lines.done(sent)}: all before is sent{unknown}"
 
 
 def _report(session: Session, statuses: Counter[str], lines: _Lines, seconds: float) -> None:

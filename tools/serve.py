@@ -62,7 +62,7 @@ def worker(session: Session, role: str, config: Path | None) -> None:
     if config is not None and session.chosen is None:
         session.chosen = config if config.is_dir() else config.resolve().parent
     if role != "supervisor" and not session.directory.is_dir():
-        raise Failure(f"{session.directory} does not exist; start the supervisor first", ExitCode.NOT_SERVED)
+        raise Failure(f"{session.place} does not exist; start the supervisor first", ExitCode.NOT_SERVED)
     _become(role, session.paths.directory, config if config is not None and config.is_file() else None)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from shmbroker.naming import BrokerPaths
 from shmbroker.tools.exit_codes import ExitCode
@@ -49,12 +50,19 @@ class Session:
         except RuntimeError as error:
             raise Failure(f"{self.directory}: {error}; name the directory itself", ExitCode.USAGE) from error
 
+    @property
+    def place(self) -> str:
+        """The directory for people: in full, and who names it if they did not do so with this command."""
+        named = os.environ.get(ENVIRONMENT_KEY)
+        by = f" (named by {ENVIRONMENT_KEY})" if named and self.chosen == Path(named) else ""
+        return f"{self.paths.directory}{by}"
+
     def require_directory(self) -> BrokerPaths:
         """The paths of a directory that a broker has written to before; a mistyped name must not make a new broker."""
         paths = self.paths
         if not paths.log.is_dir():
             raise Failure(
-                f"{self.directory} is no broker's directory; name it with -d, or make it with `shmbroker serve`",
+                f"{self.place} is no broker's directory; name it with -d, or make it with `shmbroker serve`",
                 ExitCode.NOT_SERVED,
             )
         return paths
@@ -77,12 +85,19 @@ class Session:
             raise access.explained(OSError(error.errno, error.strerror), paths) from error
 
     def open(self, *, create: bool = False, **settings: Any) -> Broker:
-        """Open the broker, starting its workers if nobody has. ``create``: make the directory if there is none."""
+        """Open the broker, starting its workers if nobody has.
+
+        ``create``: make the directory if there is none, and say so: it may be a mistyped one.
+        """
         import shmbroker
 
         if not create:
             self.require_directory()
-        return shmbroker.open(self.directory, **settings)
+        new = not self.paths.log.is_dir()
+        broker = shmbroker.open(self.directory, **settings)
+        if new:
+            click.echo(f"made a new broker in {self.place}", err=True)
+        return broker
 
     def attach(self) -> tuple[Region, Descriptor] | None:
         """The running broker's memory, to look at only; None if nobody serves the directory."""
@@ -95,9 +110,13 @@ pass_session = click.make_pass_decorator(Session, ensure=True)
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def callback(ctx: click.Context, _parameter: click.Parameter, value: Any) -> None:
-        if value not in (None, False):
-            setattr(ctx.ensure_object(Session), name, value)
+    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        session = ctx.ensure_object(Session)
+        typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if value not in (None, False) and (
+            typed or not getattr(session, name)
+        ):  # what was typed before the command stays
+            setattr(session, name, value)
 
     return callback
 

@@ -9,12 +9,13 @@ import click
 from shmbroker.errors import TopicNotExist
 from shmbroker.naming import PERMISSIONS, check_topic, permission_name
 from shmbroker.tools import console
+from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.session import Session, common_options, pass_session
 
 PERMISSION_HELP = "r: may be consumed, w: may be sent to."
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 @common_options
 def topic() -> None:
     """Create, list, alter and delete topics.

@@ -327,6 +327,8 @@ class Region:
         """Each claim table: group, group_id, topic, topic_id, queue_id, base, next, next_offset, acked: [(first, count)],
         attempts: {offset: n}, held, overflow: [offsets], delivered, redelivered, refused, reset_generation; oldest_held
         and oldest_holder (a client slot): who keeps the base back, or None."""
+    def consumed_queues(self) -> list[tuple[int, int, int]]:
+        """(group_id, topic_id, queue_id) of each claim table in use."""
     def progress_records(self, only_changed: bool) -> list[bytes]:
         """Bodies of PROGRESS records (layout.h draws them at sb_progress)."""
     def progress_recorded(self, bodies: Iterable[bytes]) -> None:
@@ -435,7 +437,8 @@ class ConsumerCore:
         """
     def ack(self, messages: ReceivedMessage | Iterable[ReceivedMessage], *, durable: bool | None = None) -> None:
         """These are done. Raises ReceiptExpired for those that are no longer this consumer's (``error.messages``); the
-        others are acknowledged all the same. BrokerFenced: another directory was promoted.
+        others are acknowledged all the same; so they are if it is BrokerBusy, whose ``messages`` a stopped process holds
+        up. BrokerFenced: another directory was promoted. TypeError: none is acknowledged.
 
         The acknowledgement survives the death of every process at once, and a power cut once the group's progress has
         been written to the log (``progress_interval``). ``durable=True`` writes it now and returns when it is on the

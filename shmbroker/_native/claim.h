@@ -94,7 +94,8 @@ typedef struct {
 int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created);
 /* The tables of a group in all queues of one topic, at one moment under the definition lock. Those that are new begin at
  * the first message that the log has; from_last: behind the last, if the group has never consumed the topic before (queues
- * added later are consumed from their first message). lives: theirs. */
+ * added later are consumed from their first message). lives: theirs; 0: there was no table left for that queue. SB_OK |
+ * SB_TABLE_FULL: not enough for a group that has never consumed the topic, which gets none | as sb_claims_open. */
 int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
                          uint32_t *tables, uint64_t *lives);
 /* Its topic or group is deleted: the table is free for others, unless this life of it is over already. */

@@ -120,6 +120,15 @@ static int knows_topic(const sb_region *r, uint32_t group_id, uint32_t topic_id)
     return 0;
 }
 
+static uint32_t free_tables(const sb_region *r)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+        count += !sb_claims_is_live(sb_load(&sb_claims_at(r, i)->state));
+    }
+    return count;
+}
+
 int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
                          uint32_t *tables, uint64_t *lives)
 {
@@ -131,7 +140,10 @@ int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, u
         return code;
     }
     uint64_t base[SB_QUEUES_PER_TOPIC_MAX];
-    if (from_last && !knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id)) {
+    const int known = knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id);
+    if (!known && count > free_tables(r)) {
+        code = SB_TABLE_FULL; /* all or none: a group that cannot begin keeps no table from others */
+    } else if (from_last && !known) {
         code = sb_append_read_offsets(r, queues, count, deadline_ns, base); /* definition lock, then append lock: as definers do */
     } else {
         for (uint32_t i = 0; i < count; i++) {
@@ -142,6 +154,7 @@ int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, u
         int created;
         code = find_or_create(r, group, queues[i], base[i], &tables[i], &created);
         lives[i] = code == SB_OK ? sb_load(&sb_claims_at(r, tables[i])->state) : 0;
+        code = code == SB_TABLE_FULL ? SB_OK : code; /* the topic has got more queues: the group goes on with those it has */
     }
     sb_definition_unlock(r);
     return code;

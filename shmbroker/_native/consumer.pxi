@@ -225,12 +225,10 @@ cdef class ConsumerCore(_Member):
         return code
 
     cdef int decide(self, sb_region *r, ReceivedMessage message, bint renew, uint32_t deadline_ms) except -100:
-        """The same, to its end. SB_OK or SB_GONE."""
+        """The same, to its end. SB_AGAIN: whoever is in the middle was stopped there, and has not gone on for a second."""
         cdef int code = self.change(r, message, renew, deadline_ms), tries = 0
-        while code == SB_AGAIN:  # whoever is in the middle was stopped there
+        while code == SB_AGAIN and tries < 1000:
             tries += 1
-            if tries > 1000:
-                raise _errors.BrokerBusy(f"{message!r} is being moved by a process that does not go on. Nothing was changed")
             with nogil:
                 usleep(1000)
             code = self.change(r, message, renew, deadline_ms)
@@ -253,38 +251,39 @@ cdef class ConsumerCore(_Member):
         cdef ReceivedMessage message
         cdef _Source source = None
         cdef uint32_t count = 0
-        cdef list expired = None
+        cdef int code
+        cdef list every, expired = None, busy = None
         if self.shut:
             raise _errors.BrokerClosed("this consumer was closed")
-        if type(messages) is not ReceivedMessage and (written or type(messages) is not list):
-            messages = listed(messages, "one message that receive() returned, or an iterable of them")
         if type(messages) is ReceivedMessage:
-            message = <ReceivedMessage>messages
-            source = message.source
-            if self.decide(r, message, False, 0) == SB_OK:
-                count = 1
-            else:
-                expired = [message]
+            every = [messages]
+        elif type(messages) is list:
+            every = (<list>messages)[:]
         else:
-            for entry in <list>messages:
-                if type(entry) is not ReceivedMessage:
-                    self.acked(r, source, count)
-                    raise _rules.not_received(entry)
-                message = <ReceivedMessage>entry
-                if message.source is not source:
-                    self.acked(r, source, count)
-                    source = message.source
-                    count = 0
-                if self.decide(r, message, False, 0) == SB_OK:
-                    count += 1
-                elif expired is None:
-                    expired = [message]
-                else:
-                    expired.append(message)
+            every = listed(messages, "one message that receive() returned, or an iterable of them")
+        for entry in every:  # all of them, before the first is acknowledged
+            if type(entry) is not ReceivedMessage:
+                raise _rules.not_received(entry)
+            (<ReceivedMessage>entry).header()
+        for entry in every:
+            message = <ReceivedMessage>entry
+            if message.source is not source:
+                self.acked(r, source, count)
+                source = message.source
+                count = 0
+            code = self.decide(r, message, False, 0)
+            if code == SB_OK:
+                count += 1
+            elif code == SB_AGAIN:
+                busy = with_one_more(busy, message)
+            else:
+                expired = with_one_more(expired, message)
         self.acked(r, source, count)
         self.still_recorded(r, "acknowledging")
         if written:
-            self._write_acks(self.progress_of(r, messages if type(messages) is list else [messages]))
+            self._write_acks(self.progress_of(r, every))
+        if busy is not None:
+            raise busy_error("ack", busy) from (None if expired is None else expired_error("ack", expired))
         if expired is not None:
             raise expired_error("ack", expired)
 
@@ -309,6 +308,7 @@ cdef class ConsumerCore(_Member):
     def change_invisible_duration(self, message, seconds):
         cdef sb_region *r = self.client.check()
         cdef uint32_t deadline_ms = 0
+        cdef int code
         cdef double left = seconds_of(seconds, "seconds")
         if type(message) is not ReceivedMessage:
             raise _rules.not_received(message)
@@ -318,16 +318,34 @@ cdef class ConsumerCore(_Member):
             raise _errors.BadRequest(f"an invisible time of {seconds} seconds: from 0 (available at once) to 43200")
         if left > 0.0:
             deadline_ms = sb_claim_deadline_after(<uint32_t>(sb_now_ns() // 1_000_000), <uint32_t>(left * 1000.0))
-        if self.decide(r, <ReceivedMessage>message, True, deadline_ms) != SB_OK:
-            raise expired_error("change of the invisible duration", [message])
+        code = self.decide(r, <ReceivedMessage>message, True, deadline_ms)
+        if code != SB_OK:
+            doing = "change of the invisible duration"
+            raise busy_error(doing, [message]) if code == SB_AGAIN else expired_error(doing, [message])
         self.still_recorded(r, "changing the invisible duration")
         if deadline_ms == 0:
             sb_wake_group(r, (<ReceivedMessage>message).source.topic_slot, (<ReceivedMessage>message).source.group_slot)
 
 
-cdef object expired_error(str doing, list messages):
+cdef list with_one_more(list messages, ReceivedMessage message):
+    if messages is None:
+        return [message]
+    messages.append(message)
+    return messages
+
+
+cdef str names_of(list messages):
     names = ", ".join(f"{m.topic}[{m.queue_id}] offset {m.queue_offset}" for m in messages[:5])
-    more = f" and {len(messages) - 5} more" if len(messages) > 5 else ""
+    return f"{names} and {len(messages) - 5} more" if len(messages) > 5 else names
+
+
+cdef object busy_error(str doing, list messages):
+    return _errors.BrokerBusy(
+        f"{doing}: being moved by a process that was stopped on the way, and not done; what else the call was about is done. "
+        f"Let it go on or kill it, and call again with these alone: {names_of(messages)}", messages=messages)
+
+
+cdef object expired_error(str doing, list messages):
     return _errors.ReceiptExpired(
         f"{doing}: no longer this consumer's (acknowledged already, or the invisible time is over and it was or will be "
-        f"delivered again): {names}{more}", messages)
+        f"delivered again): {names_of(messages)}", messages)

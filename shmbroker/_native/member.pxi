@@ -22,11 +22,13 @@ cdef class _Member(_QueueReader):
     cdef uint32_t group_slot
     cdef uint64_t subscription_generation  # of the group's subscription that `filters` was made from
     cdef uint64_t generation  # of the definitions that `sources` was made from
+    cdef dict unserved        # (topic, queue_id) -> slot of the queues that got no claim table
 
     def __init__(self, Client client not None, str group, *, bint from_last=False):
         super().__init__(client, group)
         self.from_last = from_last
         self.filters = {}
+        self.unserved = {}
 
     # -- membership
 
@@ -123,13 +125,15 @@ cdef class _Member(_QueueReader):
     # -- which queues
 
     cdef int refresh(self, sb_region *r) except -1:
-        """Open the claim tables of all queues of the subscribed topics. Queues that stay keep their place."""
+        """Open the claim tables of all queues of the subscribed topics. Queues that stay keep their place. Those that there
+        is no table for are left out, unless nothing else is left."""
         cdef uint64_t generation = sb_load(&sb_marks(r).topic_generation)  # first: what moves it later is met next time
         cdef dict known = {}
         cdef list sources = []
         cdef _Source source
         cdef TopicRoute route
         self.follow(r)
+        self.unserved = {}
         for source in self.sources:
             if source.client is self.client and source.is_current(r):
                 known[source.topic_id, source.queue_id] = source
@@ -141,6 +145,8 @@ cdef class _Member(_QueueReader):
                 raise _errors.NoPermission(
                     f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
             self.open_sources(r, route, known, wanted, self.from_last, sources)
+        if self.unserved and not sources:
+            raise self.no_tables(r, list(self.unserved))
         retries = self.retry_topic()
         route = find_route(r, retries) if self.joined and retries not in self.filters else None
         if route is not None:  # from the first on: no retry may be skipped; and without a filter, the original passed it
@@ -153,6 +159,29 @@ cdef class _Member(_QueueReader):
         """Every member reads it, though nobody subscribes to it; it comes into being with the group's first retry."""
         return _naming.RETRY_PREFIX + self.group
 
+    cdef int nothing_found(self, sb_region *r) except -1:
+        cdef sb_queue *queue
+        cdef list waiting
+        if self.unserved:
+            waiting = []
+            for place, slot in self.unserved.items():
+                queue = sb_queue_at(r, slot)
+                if sb_load(&queue.next_offset) > sb_load(&queue.first_offset):
+                    waiting.append(place)
+            if waiting:
+                self.refresh(r)  # perhaps there is a table by now: the next look finds what waits
+                waiting = [place for place in waiting if place in self.unserved]
+            if waiting:
+                raise self.no_tables(r, waiting)
+        return _QueueReader.nothing_found(self, r)
+
+    cdef object no_tables(self, sb_region *r, list places):
+        names = ", ".join(f"{topic}[{queue_id}]" for topic, queue_id in places[:5]) + (", ..." if places[5:] else "")
+        return _errors.LimitReached(
+            f"group {self.group!r} cannot consume {names}: the broker has room for claim_tables = {r.limits.claim_tables} "
+            "queues, counted once for each group that consumes them. Start it anew with more, or delete groups or topics "
+            "that nobody needs")
+
     cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _Filter wanted, bint from_last,
                           list sources) except -1:
         cdef uint32_t tables[SB_QUEUES_PER_TOPIC_MAX]
@@ -163,13 +192,12 @@ cdef class _Member(_QueueReader):
         with nogil:
             code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
                                         tables, lives)
-        if code == SB_TABLE_FULL:
-            raise _errors.LimitReached(
-                f"group {self.group!r} in topic {route.name!r}: the broker has room for claim_tables = "
-                f"{r.limits.claim_tables} queues, counted once for each group that consumes them")
-        if code != SB_OK:
+        if code != SB_OK and code != SB_TABLE_FULL:
             raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
         for i in range(route.count):
+            if code == SB_TABLE_FULL or lives[i] == 0:
+                self.unserved[route.name, i] = route.slots[i]
+                continue
             source = known.get((route.topic_id, i))
             if source is None:
                 source = self.make_source(r, route, i, tables[i], lives[i])

@@ -162,6 +162,17 @@ cdef dict progress_dict(sb_region *r, uint32_t table, bytes body):
     }
 
 
+cdef list consumed_places(sb_region *r):
+    cdef uint32_t i
+    cdef sb_claims *c
+    cdef list places = []
+    for i in range(r.limits.claim_tables):
+        c = sb_claims_at(r, i)
+        if sb_claims_is_live(sb_load(&c.state)):
+            places.append((c.group_id, c.topic_id, c.queue_id))
+    return places
+
+
 cdef list progress_tables(sb_region *r):
     cdef uint32_t i
     cdef bytes body

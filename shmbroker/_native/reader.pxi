@@ -446,7 +446,13 @@ cdef class _QueueReader:
                     self.look_in(r, source, &look, min(room, self.idle_room), out)
         if self.spent is not None:
             self.bury(out)
-        if self.corrupt is not None and not out:
+        if not out:
+            self.nothing_found(r)
+        return out
+
+    cdef int nothing_found(self, sb_region *r) except -1:
+        """Whatever kept messages from being found is said once nothing else is to be had."""
+        if self.corrupt is not None:
             error, self.corrupt = self.corrupt, None
             raise error
-        return out
+        return 0

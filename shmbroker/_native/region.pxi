@@ -625,6 +625,9 @@ cdef class Region:
     def progress(self):
         return progress_tables(self.open())
 
+    def consumed_queues(self):
+        return consumed_places(self.open())
+
     def progress_records(self, bint only_changed):
         return progress_bodies(self.open(), only_changed)
 

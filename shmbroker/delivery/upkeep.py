@@ -73,9 +73,8 @@ class Upkeep:
         self._indexer = indexer
         self._checkpoints = checkpoints
         self._last = last
-        self.unlinked = (
-            threading.Event()
-        )  # set when consume queue files were removed; cleared by the dispatcher's thread
+        # Set when consume queue files were removed; cleared by the dispatcher's thread.
+        self.unlinked = threading.Event()
         self._last_checkpoint = time.monotonic()
         self._snapshot_behind = region.get("snapshot")  # its end, once it is ours
         self._snapshot_pending: tuple[int, int] | None = None  # (begin, end) of one that is not flushed yet

@@ -20,8 +20,9 @@ done
 mount -t tmpfs -o mode=755 tmpfs "$closed"
 number=0
 for place in $NEEDED; do
-    number=$((number + 1)); mkdir -p "$place"; mount --rbind "$spare/$number" "$place"
+    number=$((number + 1)); mkdir -p "$place"; mount --move "$spare/$number" "$place"
 done
+rm -d "$spare"/* "$spare"
 exec "$@"
 """
 
