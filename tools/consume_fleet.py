@@ -45,7 +45,7 @@ class Fleet:
     """Runs in the main thread of a process that does nothing else."""
 
     def __init__(self, settings: Mapping[str, Any], processes: int, await_termination: float) -> None:
-        self._argument = json.dumps(settings)
+        self._argument = json.dumps({**settings, "fleet": os.getpid()})
         self._members = [_Member(number) for number in range(1, processes + 1)]
         self._patience = await_termination + KILL_SECONDS
         self._told = False

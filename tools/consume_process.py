@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,7 +41,7 @@ def _main(wanted: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, leaving.tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the fleet's affair
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
-    threading.Thread(target=_leave_with, args=(os.getppid(),), name="watch-fleet", daemon=True).start()
+    threading.Thread(target=_leave_with, args=(wanted["fleet"],), name="watch-fleet", daemon=True).start()
     try:
         sys.path.insert(0, wanted["app_dir"])
         listener = find_listener(wanted["listener"])
@@ -77,13 +78,11 @@ class _Leaving:
 
 
 def _leave_with(fleet: int) -> None:
-    """Whoever started us was killed: nobody would tell us to leave any more."""
-    try:
+    """Whoever started us was killed, perhaps before we came here: nobody would tell us to leave any more."""
+    with suppress(ProcessLookupError):
         pidfd = os.pidfd_open(fleet)
-    except OSError:
-        pidfd = -1
-    if pidfd >= 0 and os.getppid() == fleet:
-        select.select([pidfd], [], [])
+        if os.getppid() == fleet:
+            select.select([pidfd], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -95,7 +95,8 @@ class Gate:
 def done_with(broker: Broker, group: str = "audit") -> int:
     """How many messages of the topic the group is done with."""
     tables = [table for table in broker.region.progress() if table["group"] == group and table["topic"] == "orders"]
-    return sum(table["base"] + sum(count for _, count in table["acked"]) for table in tables)
+    acked = sum(table["base"] + sum(count for _, count in table["acked"]) for table in tables)
+    return int(acked - sum(len(table["overflow"]) for table in tables))
 
 
 def held(broker: Broker) -> int:
