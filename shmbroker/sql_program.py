@@ -1,6 +1,7 @@
 """SQL92 expressions of RocketMQ's grammar, compiled to the program that ``_native/filter.c`` runs on a record.
 
-Needs lark, which takes some 50 ms to load: ``selector.py`` imports this module when the first expression is used.
+Needs lark, which takes a tenth of a second to load and to prepare: ``selector.py`` imports this module when the first
+expression is used.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def test_the_neighbours_of_a_message_that_kills_its_process_are_charged_once_at_
         with broker.push_consumer("audit", heard, ALL):
             wait_until(lambda: done_with(broker) == 21, "everything acknowledged")
         assert dict(heard.attempts)[b"poison"] == deaths + 1
-        assert max(attempt for body, attempt in heard.attempts if body != b"poison") <= 2
+        assert max((attempt for body, attempt in heard.attempts if body != b"poison"), default=1) <= 2
 
 
 def test_rebalance_members_share_at_once_what_comes_when_they_join_and_leave(directory: Path) -> None:

@@ -204,5 +204,5 @@ def test_a_message_that_kills_its_process_is_a_dead_letter_after_exactly_17_deli
         assert dead.body == b"poison"
         assert b"poison" not in heard.bodies
         assert {int(body) for body, _ in begun if body != "poison"} | set(map(int, heard.bodies)) == set(range(10))
-        assert max(attempt for _, attempt in heard.attempts) <= 2
+        assert max((attempt for _, attempt in heard.attempts), default=1) <= 2
         assert bodies_of([dead]) == [b"poison"]
