@@ -298,6 +298,7 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
             stderr=write_fd,  # until its log is open
             pass_fds=(write_fd,),
             env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal is our affair: it must not end whom others may need, too
         )
         os.close(write_fd)
         write_fd = -1

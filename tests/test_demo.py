@@ -136,6 +136,11 @@ def test_the_demo_loses_and_doubles_nothing_while_three_processes_are_killed(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"], "the demo leaves nothing behind"
 
 
+def directory_in(place: Path) -> bool:
+    """The broker is just starting, or is about to."""
+    return any(place.iterdir())
+
+
 def deliveries_in(place: Path) -> bool:
     return any(path.stat().st_size for path in place.glob("*/histories/*.got"))
 
@@ -145,9 +150,23 @@ def processes_in(place: Path) -> bool:
     return any(place.glob("*/histories")) and len(psutil.Process().children(recursive=True)) > FLEET
 
 
+def press_ctrl_c(running: subprocess.Popen[bytes]) -> None:
+    """Again and again, as people do: what cleans up must not be cut short."""
+
+    def pressed_until_it_ends() -> bool:
+        ended = running.poll() is not None
+        if not ended:
+            os.killpg(running.pid, signal.SIGINT)
+        return ended
+
+    wait_until(pressed_until_it_ends, "it has ended")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("everybody", [True, False], ids=["Ctrl-C reaches the whole fleet", "SIGTERM the parent alone"])
-@pytest.mark.parametrize("begun", [processes_in, deliveries_in], ids=["at its start", "at work"])
+@pytest.mark.parametrize(
+    "begun", [directory_in, processes_in, deliveries_in], ids=["before its start", "at its start", "at work"]
+)
 def test_an_interrupted_demo_leaves_nothing_behind(
     tmp_path: Path, everybody: bool, begun: Callable[[Path], bool]
 ) -> None:
@@ -160,7 +179,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(
         wait_until(lambda: begun(tmp_path), "it has come so far")
         fleet = psutil.Process(running.pid).children(recursive=True)
         if everybody:
-            os.killpg(running.pid, signal.SIGINT)
+            press_ctrl_c(running)
         else:
             running.terminate()
         told = running.communicate(timeout=30)

@@ -163,8 +163,9 @@ def test_a_flusher_killed_at_any_edge_loses_and_doubles_nothing(tmp_path: Path, 
 def test_a_flush_of_much_ends_between_two_groups(tmp_path: Path) -> None:
     """Whatever ``flushed`` becomes on the way is a place at which no batch is cut in two."""
     batch_bytes = 100 * 208
+    slow = "flusher/flusher.after_publish=sleep:100@1+"  # so that each step is seen
     with (
-        running(tmp_path / "b", ring_bytes=32 << 20, segment_bytes=32 << 20, flush_interval=60.0) as broker,
+        running(tmp_path / "b", slow, ring_bytes=32 << 20, segment_bytes=32 << 20, flush_interval=60.0) as broker,
         broker.producer("p") as producer,
     ):
         broker.create_topic("orders", queues=1)
@@ -175,8 +176,12 @@ def test_a_flush_of_much_ends_between_two_groups(tmp_path: Path) -> None:
         assert ends[-1] - ends[0] > 2 * (4 << 20)
         seen = {broker.region.get("flushed")}
         os.kill(flusher, signal.SIGCONT)
-        while ends[-1] not in seen:
+
+        def all_of_it() -> bool:
             seen.add(broker.region.get("flushed"))
+            return ends[-1] in seen
+
+        wait_until(all_of_it, "all flushed")
         assert ends[1] - ends[0] == batch_bytes
         assert {flushed for flushed in seen if flushed >= ends[0]} <= set(ends)
         assert len(seen) > 2, "it was flushed in steps"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -219,3 +220,23 @@ def test_memory_that_a_supervisor_holds_is_left_alone_though_nobody_is_seen_to_m
     assert process.try_flock(objects.control_fd)
     assert clean(tmp_path, objects, "--lose-unflushed") == {"removed": [], "kept": []}
     assert objects.exist()
+
+
+def test_memory_is_listed_with_its_directory_and_when_all_are_dead_with_the_inode(directory: Path) -> None:
+    with Child(OPENER, directory, SMALL) as child:
+        assert child.read_line() == "open"
+        wait_for_workers(directory)
+        name = name_of(directory)
+        assert directory_of(name) == str(directory)
+        os.kill(child.pid, signal.SIGSTOP)  # or it would start another supervisor
+        kill_all(directory)
+    shown = re.fullmatch(r"inode (\d+) of (/.*)", directory_of(name))
+    assert shown is not None
+    status = directory.stat()
+    assert (int(shown[1]), Path(shown[2]).stat().st_dev) == (status.st_ino, status.st_dev)
+    assert directory_of(name) in CliRunner().invoke(cli, ["ipc", "list"]).stdout
+    assert command("clean", "--lose-unflushed", name) == {"removed": [name], "kept": []}
+
+
+def directory_of(name: str) -> str:
+    return next(memory.directory for memory in ipc.memories() if memory.name == name)

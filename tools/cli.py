@@ -117,6 +117,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         click.echo(f"shmbroker: {failure}", err=True)
         return failure.code
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the interpreter's end short
         return ExitCode.INTERRUPTED
     except Terminated:
         return ExitCode.TERMINATED

@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,18 @@ ID_WINDOW = 1 << 19
 
 
 def run_demo(
-    text: Path, place: Path, *, at_least: int, senders: int, receivers: int, settings: dict[str, Any]
+    text: Path,
+    place: Path,
+    heed: Callable[[], None],
+    *,
+    at_least: int,
+    senders: int,
+    receivers: int,
+    settings: dict[str, Any],
 ) -> tuple[Verdict, list[Killed]]:
     """Carry the demo through in the empty directory ``place`` and judge it. No process is left behind.
 
-    Raises Failure or ShmBrokerError.
+    ``heed``: see ``signals_deferred``, which must surround this. Raises Failure or ShmBrokerError.
     """
     lines = processes.read_lines(text, at_least)
     if not lines:
@@ -50,16 +58,16 @@ def run_demo(
     columns = (TextColumn("{task.description:<8}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     try:
         with ExitStack() as stack:
-            with signals_deferred():  # else a broker that nobody closes may come up behind us
-                opened = shmbroker.open(place / "broker", id_window=ID_WINDOW, embed_grace=0.0, **settings)
-                broker = stack.enter_context(opened)
+            opened = shmbroker.open(place / "broker", id_window=ID_WINDOW, embed_grace=0.0, **settings)
+            broker = stack.enter_context(opened)
             broker.create_topic(processes.TOPIC, queues=max(4, receivers))
             fleet = Fleet(place / "broker", histories, text, at_least, len(lines), senders, receivers)
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                fleet.run(progress)
+                fleet.run(progress, heed)
             lags = group_lag.lags(BrokerPaths(place / "broker"), broker.region)
     finally:
         inside.wait_stopped(place / "broker")
+    heed()
     verdict = judge(lines, histories)
     verdict.lag = sum(group["lag_messages"] for group in lags)
     return verdict, fleet.made
@@ -171,22 +179,25 @@ def demo(
     text = input or some_text()
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix="shmbroker-demo-", dir=directory or Path.cwd()))
-    keep = directory is not None
-    try:
-        verdict, killed = run_demo(
-            text,
-            place,
-            at_least=lines,
-            senders=producers,
-            receivers=consumers,
-            settings={"flush_disk_type": "SYNC_FLUSH"} if sync else {},
-        )
-        told = report(text, verdict, killed)
-        keep = keep or not told["good"]
-    finally:
-        if not keep:
-            shutil.rmtree(place)
+    with signals_deferred() as heed:
+        place = Path(tempfile.mkdtemp(prefix="shmbroker-demo-", dir=directory or Path.cwd()))
+        keep = directory is not None
+        try:
+            verdict, killed = run_demo(
+                text,
+                place,
+                heed,
+                at_least=lines,
+                senders=producers,
+                receivers=consumers,
+                settings={"flush_disk_type": "SYNC_FLUSH"} if sync else {},
+            )
+            heed()
+            told = report(text, verdict, killed)
+            keep = keep or not told["good"]
+        finally:
+            if not keep:
+                shutil.rmtree(place)
     if session.json or as_json:
         console.print_json(told)
     else:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -28,14 +28,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is left. Blocking them would not do: another thread may take them."""
+def signals_deferred() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM, however many, take effect where the function given is called, and when the block is left.
+
+    Only there, so that nothing that is to be left in order is cut short. Blocking them would not do: another thread may
+    take them.
+    """
     came: list[int] = []
-    handlers = [signal.signal(number, lambda got, _: came.append(got)) for number in SIGNALS]
+    handlers: dict[int, Any] = {number: signal.signal(number, lambda got, _: came.append(got)) for number in SIGNALS}
+
+    def heed() -> None:
+        if came and callable(handler := handlers[came[0]]):
+            handler(came[0], None)
+
     try:
-        yield
+        yield heed
     finally:
-        for number, handler in zip(SIGNALS, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
@@ -80,14 +89,12 @@ class Member:
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=self.target, args=arguments, name=self.name, daemon=True)
         resource_tracker.ensure_running()  # here, because whoever starts it unblocks what is blocked next
-        with signals_deferred():  # who is started is known before it may have to be stopped
-            held = signal.pthread_sigmask(
-                signal.SIG_BLOCK, SIGNALS
-            )  # stays so over the exec: they are the parent's affair
-            try:
-                self.process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # Stays so over the exec: they are the parent's affair.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def kill(self) -> int:
         """The pid of what was killed."""
@@ -129,7 +136,8 @@ class Fleet:
     due: list[Kill] = field(default_factory=lambda: list(KILLS))
     made: list[Killed] = field(default_factory=list)
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: Progress, heed: Callable[[], None]) -> None:
+        """``heed``: see ``signals_deferred``, which must surround this: who is started must be known, to be stopped."""
         counters = multiprocessing.get_context("spawn").RawArray(
             "q", processes.WORDS + processes.COUNTERS * max(self.senders, self.receivers)
         )
@@ -151,9 +159,11 @@ class Fleet:
         receiving = progress.add_task("received", total=self.lines)
         try:
             for member in members:
+                heed()
                 member.start()
             moved, seen = time.monotonic(), (0, 0)
             while not all(member.done for member in members):
+                heed()
                 wait([m.process.sentinel for m in members if m.process and not m.done], timeout=TICK_SECONDS)
                 sent, received = (processes.total(counters, kind) for kind in (processes.SENT, processes.RECEIVED))
                 progress.update(sending, completed=min(sent, self.lines))

@@ -38,6 +38,7 @@ class Memory:
     unflushed_bytes: int  # messages that would be lost with it; -1: the header says nothing sensible
     written: bool  # the log has all of it, acknowledgements as well
     state: str
+    directory: str  # of the broker; of a dead one the memory knows no name, only what to look for; empty: not even that
 
 
 @click.group(cls=CommandGroup)
@@ -59,6 +60,7 @@ def list_memory(session: Session) -> None:
 
     \b
     shmbroker ipc list
+    find /var/lib -xdev -inum 1234567     # a dead broker's directory: its memory knows only the inode
     """
     found = memories()
     if session.json:
@@ -66,7 +68,7 @@ def list_memory(session: Session) -> None:
         return
     console.table(
         "",
-        ["memory", ">size", ">owner", "state", ">not on disk", "processes"],
+        ["memory", ">size", ">owner", "state", ">not on disk", "processes", "directory"],
         [
             (
                 memory.name,
@@ -75,6 +77,7 @@ def list_memory(session: Session) -> None:
                 memory.state,
                 console.size(memory.unflushed_bytes) if memory.unflushed_bytes >= 0 else "?",
                 " ".join(map(str, memory.pids)),
+                memory.directory or "?",
             )
             for memory in found
         ],
@@ -99,24 +102,26 @@ def clean(session: Session, names: tuple[str, ...], lose_unflushed: bool) -> int
     Leaves with 1 if some was kept.
     """
     removed: list[str] = []
-    kept: list[str] = []
+    kept: list[Memory] = []
     for memory in memories():
         if memory.state == DEAD and (not names or memory.name in names):
             outcome = _remove(memory.name, lose_unflushed)
             if outcome is not None:
-                (removed if outcome else kept).append(memory.name)
+                removed.append(memory.name) if outcome else kept.append(memory)
     with console.done(f"removed {len(removed)}, kept {len(kept)}"):
         if session.json:
-            console.print_json({"removed": removed, "kept": kept})
+            console.print_json({"removed": removed, "kept": [memory.name for memory in kept]})
         else:
             _print_cleaned(removed, kept)
     return ExitCode.FINDING if kept else ExitCode.OK
 
 
-def _print_cleaned(removed: list[str], kept: list[str]) -> None:
+def _print_cleaned(removed: list[str], kept: list[Memory]) -> None:
     click.echo(f"removed {len(removed)}")
-    for name in kept:
-        click.echo(f"kept {name}: it may hold what is not on the disk; open its directory once, or --lose-unflushed")
+    for memory in kept:
+        place = memory.directory or "unknown"
+        click.echo(f"kept {memory.name}: it may hold what is not on the disk; ", nl=False)
+        click.echo(f"open its directory ({place}) once, or --lose-unflushed")
 
 
 def memories() -> list[Memory]:
@@ -165,7 +170,8 @@ def _look(name: str, pids: tuple[int, ...]) -> Memory | None:
     written = unflushed == 0 and (region is None or remains.is_written(region))
     used = bool(pids) or (region is not None and remains.is_used(region))
     young = time.time_ns() / 1e9 - changed < remains.YOUNG_SECONDS
-    return Memory(name, total, uid, pids, unflushed, written, _state(header, uid, used, young))
+    state = _state(header, uid, used, young)
+    return Memory(name, total, uid, pids, unflushed, written, state, _directory(header, pids))
 
 
 def _unflushed(header: dict[str, Any] | None) -> int:
@@ -182,6 +188,24 @@ def _state(header: dict[str, Any] | None, uid: int, used: bool, young: bool) -> 
     if used:
         return "in use"
     return "being made" if header is None and young else DEAD
+
+
+def _directory(header: dict[str, Any] | None, pids: tuple[int, ...]) -> str:
+    """The directory of a broker whose workers live, since they work there; else its inode, and where to look for it."""
+    if header is None or not any(header["directory"]):
+        return ""
+    device, inode = header["directory"]
+    for pid in pids:
+        with suppress(OSError):
+            place = Path(f"/proc/{pid}/cwd")
+            status = place.stat()
+            if (status.st_dev, status.st_ino) == (device, inode):
+                return str(place.readlink())
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # mountinfo(5): id, parent, device, root, mount point. A container has single files mounted as well.
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    places = [fields[4] for fields in mounts if fields[2] == number and Path(fields[4]).is_dir()]
+    return f"inode {inode} of {min(places, key=len, default=f'device {number}')}"
 
 
 def _attach(name: str) -> Region | None:

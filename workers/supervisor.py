@@ -155,8 +155,7 @@ def _nobody_comes(region: Region) -> bool:
 
 
 def detach() -> None:
-    """Become nobody's child and lead a session: the opener is not to be bothered with our exit, nor we with its end."""
-    os.setsid()
+    """Become nobody's child, in the session that the opener has given us: it is not to be bothered with our exit."""
     if os.fork():
         os._exit(common.Exit.OK)
 
