@@ -217,7 +217,7 @@ class SimpleConsumer(ConsumerCore):
         self._shut()
 
     def __repr__(self) -> str:
-        tags = format_subscription(self._tags).decode()
+        tags = format_subscription(self._wanted).decode()
         state = "closed" if self._closed else "open"
         return f"<{type(self).__name__} of group {self.group!r} for {tags} in {str(self._home.directory)!r}, {state}>"
 
