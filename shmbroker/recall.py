@@ -8,18 +8,15 @@ Killed before the append nothing has happened; killed behind it the message is r
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
-
-import lmdb
 
 from shmbroker.delivery.dispatch import Source
 from shmbroker.delivery.firing import TimerScan, scan_timers
 from shmbroker.errors import BadRequest, BrokerBusy, CorruptLog, PositionGone
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RecordKind
-from shmbroker.store.timer_index import Known, TimerIndex
+from shmbroker.store.timer_index import Known, reading
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Client, Region
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from shmbroker.store.serving_reader import ServingReader
 
 _HANDLE_DIGITS: Final = 64
-_index_lock = threading.Lock()  # LMDB opens an index once in a process
 
 
 class RecallHome(Protocol):
@@ -116,16 +112,10 @@ def _fate_of(home: RecallHome, region: Region, handle: Handle) -> _Fate:
 
 
 def _ask_index(home: RecallHome, handle: Handle) -> Known:
-    path, store = home.files.timers
-    with _index_lock:
-        try:
-            index = TimerIndex(path, store)
-        except (lmdb.Error, OSError):  # there is none yet: then the log says everything
+    with reading(*home.files.timers) as index:
+        if index is None:  # not yet: then the log says everything
             return Known(0, None, recalled=False)
-        try:
-            return index.know(handle.origin, handle.due)
-        finally:
-            index.close()
+        return index.know(handle.origin, handle.due)
 
 
 def _read_fate(region: Region, log: ServingReader, handle: Handle, known: Known, start: int) -> _Fate:

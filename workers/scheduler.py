@@ -14,11 +14,11 @@ from typing import Final
 import lmdb
 
 from shmbroker.delivery.firing import Firing
-from shmbroker.delivery.timers import Timers
-from shmbroker.errors import BrokerClosed, Retryable, StoreFull, StoreReadOnly
+from shmbroker.errors import BrokerClosed, Retryable, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.store.files import NO_SPACE
 from shmbroker.store.serving_reader import ServingReader
 from shmbroker.store.timer_index import TimerIndex
+from shmbroker.store.timers import Timers
 from shmbroker.workers import common
 
 LOOK_SECONDS: Final = 0.25
@@ -75,7 +75,10 @@ def step(worker: common.Worker, firing: Firing) -> None:
     firing.read_on()
     fired = firing.fire(time.time_ns())
     now, due = time.time_ns(), firing.next_due()
-    firing.commit_if_due(idle=due is None or due > now)
+    idle = due is None or due > now
+    firing.commit_if_due(idle=idle)
+    if idle and firing.carry_on():
+        return
     if due is not None and due <= now:
         if not fired:
             firing.wait_durable()
@@ -96,7 +99,7 @@ def finish(worker: common.Worker, firing: Firing) -> None:
     try:
         firing.read_on()
         firing.finish()
-    except (lmdb.Error, OSError) as error:
+    except (lmdb.Error, OSError, ShmBrokerError) as error:
         worker.log.warning("the timer index stays behind: %s", error)
 
 

@@ -22,7 +22,9 @@ import logging
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -131,6 +133,10 @@ class TimerIndex:
 
     def forget_recalled(self, now_ns: int) -> None:
         """Drop those that were due long ago, a bounded number."""
+        with self._begin() as transaction:
+            cursor = transaction.cursor(self._tables["recalled"])
+            if not cursor.first() or _DUE.unpack(cursor.key())[0] > now_ns - RECALLED_KEPT_NS:
+                return
         with self._environment.begin(write=True) as transaction:
             cursor = transaction.cursor(self._tables["recalled"])
             for _ in range(_DROP_MAX):
@@ -261,6 +267,24 @@ class TimerIndex:
         except lmdb.MapResizedError:
             self._environment.set_mapsize(0)
             return self._environment.begin()
+
+
+_readers = threading.Lock()  # LMDB opens an index once in a process
+
+
+@contextmanager
+def reading(directory: Path, store_id: bytes) -> Iterator[TimerIndex | None]:
+    """The index, opened to read by one thread of this process at a time; None if there is none."""
+    with _readers:
+        try:
+            index = TimerIndex(directory, store_id)
+        except (lmdb.Error, OSError, _Foreign):
+            yield None
+            return
+        try:
+            yield index
+        finally:
+            index.close()
 
 
 class _Foreign(Exception):
