@@ -24,6 +24,7 @@ from shmbroker.workers import common
 LOOK_SECONDS: Final = 0.25
 GATHER_SECONDS: Final = 0.002  # while timers are sent without pause, each look takes what so long has brought
 RETRY_SECONDS: Final = 0.5
+QUIET_NS: Final = 50_000_000  # with nothing due for so long there is time for the index
 
 
 def serve(worker: common.Worker) -> None:
@@ -75,9 +76,8 @@ def step(worker: common.Worker, firing: Firing) -> None:
     firing.read_on()
     fired = firing.fire(time.time_ns())
     now, due = time.time_ns(), firing.next_due()
-    idle = due is None or due > now
-    firing.commit_if_due(idle=idle)
-    if idle and firing.carry_on():
+    quiet = due is None or due > now + QUIET_NS
+    if firing.commit_if_due(quiet=quiet) or (quiet and firing.carry_on()):
         return
     if due is not None and due <= now:
         if not fired:

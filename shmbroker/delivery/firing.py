@@ -162,21 +162,23 @@ class Firing:
         """When the next timer is due, CLOCK_REALTIME ns."""
         return self._timers.next_due()
 
-    def commit_if_due(self, *, idle: bool) -> None:
-        """Let the index take what is new: often enough, and rather when there is time for it. Raises lmdb.Error."""
+    def commit_if_due(self, *, quiet: bool) -> bool:
+        """Let the index take what is new: often enough, and rather while nothing is due. True if there is more of it.
+
+        Raises lmdb.Error.
+        """
         uncommitted = self._timers.uncommitted
-        if not idle and uncommitted < _CHANGES_MAX:
-            return
+        if not quiet and uncommitted < _CHANGES_MAX:
+            return False
         log_bytes = self._timers.position - self._committed_position
-        if uncommitted > _COMMIT_CHANGES or (
-            time.monotonic() - self._committed >= _COMMIT_INTERVAL and (uncommitted or log_bytes > _COMMIT_BYTES)
-        ):
-            self._commit()
-        else:
-            self._publish_kept()
-        if idle and time.monotonic() - self._forgot >= _FORGET_INTERVAL:
+        since = time.monotonic() - self._committed
+        if uncommitted > _COMMIT_CHANGES or (since >= _COMMIT_INTERVAL and (uncommitted or log_bytes > _COMMIT_BYTES)):
+            return self._commit() and self._timers.uncommitted > _COMMIT_CHANGES
+        self._publish_kept()
+        if time.monotonic() - self._forgot >= _FORGET_INTERVAL:
             self._timers.forget_recalled(time.time_ns())
             self._forgot = time.monotonic()
+        return False
 
     def carry_on(self) -> bool:
         """Retention waits for a segment in which little but timers is left: append some of them anew (R15).
