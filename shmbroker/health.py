@@ -7,6 +7,7 @@ change while it is read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ EXPECTED_ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor", "sche
 ABANDONED: Final = "abandoned"
 RING_NEARLY_FULL: Final = 0.9
 MANY_STARTS: Final = 5
+TIMERS_LATE_SECONDS: Final = 30.0  # the index may be some seconds behind
 
 _STORE_REMEDIES: Final = {
     "full": "free space on that disk, or let consumers work; sending resumes by itself",
@@ -121,6 +123,9 @@ def findings(health: dict[str, Any]) -> list[str]:
             found.append(f"the {role} is stopped: kill -CONT {worker['pid']}")
         elif worker["starts"] >= MANY_STARTS:
             found.append(f"the {role} was started {worker['starts']} times; run/{role}.log says why it died")
+    late = time.time_ns() / 1e9 - (health["timers"]["next_due"] or math.inf)
+    if late > TIMERS_LATE_SECONDS:
+        found.append(f"delayed messages are {late:.0f} s late; run/scheduler.log says what the scheduler waits for")
     holder = health["append_lock"]["holder"]
     if holder and holder["process_state"] == psutil.STATUS_STOPPED:
         found.append(

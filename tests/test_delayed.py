@@ -12,12 +12,15 @@ import pytest
 from support.consuming import ALL, bodies_of
 from support.producing import stopped_flusher
 from support.running import log_records, running
+from support.waiting import wait_until
 
 from shmbroker import Message, SendResult, SendStatus
 from shmbroker.broker import Broker
 from shmbroker.config import Config
 from shmbroker.errors import ConfigError, MessageIllegal, MessageTooLarge
+from shmbroker.naming import BrokerPaths
 from shmbroker.record import RecordKind
+from shmbroker.tools.stored_messages import StoredMessages
 
 HOUR = 3600.0
 
@@ -209,3 +212,36 @@ def test_a_message_of_a_deleted_topic_never_fires_and_holds_nothing_up(tmp_path:
     records = log_records(tmp_path / "data")
     assert sum(len(record.body) for record in records if record.kind == RecordKind.FIRED) == 48
     assert [record.body for record in records if record.kind == RecordKind.MESSAGE] == [b"2"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_delayed_message_is_found_by_its_id_before_and_after_it_fires_and_by_its_key_after(
+    tmp_path: Path, indexed: bool
+) -> None:
+    def wait_indexed() -> None:
+        end = broker.region.get("tail")
+        wait_until(lambda: not indexed or broker.region.get("indexed") >= end, "the key index")
+
+    with running(tmp_path / "data") as broker, broker.producer("billing") as producer:
+        sent = [producer.send(Message("orders", b"%d" % n, keys="k", delay=1.0 + n)) for n in range(2)]
+        ids = [(int(result.message_id[:16], 16), int(result.message_id[16:], 16)) for result in sent]
+        producer.send_batch([Message("orders", b"x") for _ in range(1000)])
+        wait_indexed()
+        with broker.simple_consumer("audit", ALL) as consumer:
+            while b"1" not in bodies_of(messages := consumer.receive(512, wait=10.0)):
+                consumer.ack(messages)
+        producer.send(Message("orders", b"later", keys="k", delay=3600.0))
+        wait_indexed()
+        with StoredMessages(BrokerPaths(tmp_path / "data"), broker.region) as stored:
+            found = [stored.by_id(*identity) for identity in ids]
+            if indexed:  # else the TIMER record is met first
+                assert [record is not None and record.kind for record in found] == [RecordKind.MESSAGE] * 2
+            assert [record is not None and record.body for record in found] == [b"0", b"1"]
+            by_key = stored.by_key(stored.topic_id("orders"), "k", 10)
+            assert [(record.kind, record.body) for record in by_key] == [
+                (RecordKind.MESSAGE, b"1"),
+                (RecordKind.MESSAGE, b"0"),
+            ]
+            pending = stored.by_id(ids[0][0], 1003)
+            assert pending is not None
+            assert (pending.kind, pending.body) == (RecordKind.TIMER, b"later")

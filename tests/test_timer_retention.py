@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.consuming import ALL, bodies_of
@@ -19,7 +20,7 @@ from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.timer_index import reading
 
 SEGMENT = 256 * 1024
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "ring_bytes": "256 KiB",
     "segment_bytes": SEGMENT,
     "retention_bytes": SEGMENT,

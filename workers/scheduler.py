@@ -17,7 +17,7 @@ from shmbroker.delivery.firing import Firing
 from shmbroker.errors import BrokerClosed, Retryable, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.store.files import NO_SPACE
 from shmbroker.store.serving_reader import ServingReader
-from shmbroker.store.timer_index import TimerIndex
+from shmbroker.store.timer_index import DAMAGED, TimerIndex
 from shmbroker.store.timers import Timers
 from shmbroker.workers import common
 
@@ -41,6 +41,10 @@ def serve(worker: common.Worker) -> None:
             try:
                 step(worker, firing)
                 complaint = ""
+            except DAMAGED as damage:
+                worker.log.error("the timer index is damaged, it is built anew from the log: %s", damage)  # noqa: TRY400
+                index.reset()
+                firing = Firing(worker.region, Timers(index, worker.region.get("kept")), log)
             except (Retryable, StoreFull, StoreReadOnly, BrokerClosed, lmdb.Error) as error:
                 if complaint != str(error):
                     worker.log.warning("delayed messages wait, trying again: %s", error)

@@ -43,6 +43,7 @@ _FINISH_WAIT_NS: Final = 1_000_000_000
 _COMMIT_CHANGES: Final = 4_000  # at one time: some ten milliseconds in which nothing fires
 _CHANGES_MAX: Final = 200_000  # from here on they are committed also while timers are due
 _COMMIT_INTERVAL: Final = 1.0
+_BUSY_INTERVAL: Final = 5.0
 _FORGET_INTERVAL: Final = 60.0
 _COMMIT_BYTES: Final = 16 << 20  # of log without timers, which a successor would read again
 
@@ -168,10 +169,10 @@ class Firing:
         Raises lmdb.Error.
         """
         uncommitted = self._timers.uncommitted
-        if not quiet and uncommitted < _CHANGES_MAX:
+        since = time.monotonic() - self._committed
+        if not quiet and uncommitted < _CHANGES_MAX and since < _BUSY_INTERVAL:
             return False
         log_bytes = self._timers.position - self._committed_position
-        since = time.monotonic() - self._committed
         if uncommitted > _COMMIT_CHANGES or (since >= _COMMIT_INTERVAL and (uncommitted or log_bytes > _COMMIT_BYTES)):
             return self._commit() and self._timers.uncommitted > _COMMIT_CHANGES
         self._publish_kept()

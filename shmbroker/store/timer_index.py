@@ -38,7 +38,7 @@ TABLES: Final = ("due", "pending", "carried", "recalled")
 MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
 RECALLED_KEPT_NS: Final = 86_400 * 10**9
 
-_DAMAGED: Final = (
+DAMAGED: Final = (
     lmdb.CorruptedError,
     lmdb.InvalidError,
     lmdb.PageNotFoundError,
@@ -85,7 +85,7 @@ class TimerIndex:
         self._map_bytes = map_bytes
         try:
             self._open()
-        except (*_DAMAGED, _Foreign) as error:
+        except (*DAMAGED, _Foreign) as error:
             if not writable:
                 raise
             logger.warning("timer index %s: %s; it is built anew from the log", directory, error)
