@@ -42,6 +42,11 @@ def due_of(broker: Broker, result: SendResult) -> float:
     return (record.queue_offset - record.born_ns) / 1e9
 
 
+def wait_indexed(broker: Broker, *, wanted: bool) -> None:
+    end = broker.region.get("tail")
+    wait_until(lambda: not wanted or broker.region.get("indexed") >= end, "the key index")
+
+
 @pytest.mark.parametrize("how", ["delay", "timedelta", "deliver_at", "datetime", "local datetime", "level"])
 def test_a_delayed_message_comes_when_it_is_due_and_not_before(broker: Broker, how: str) -> None:
     now = time.time()
@@ -218,20 +223,16 @@ def test_a_message_of_a_deleted_topic_never_fires_and_holds_nothing_up(tmp_path:
 def test_a_delayed_message_is_found_by_its_id_before_and_after_it_fires_and_by_its_key_after(
     tmp_path: Path, indexed: bool
 ) -> None:
-    def wait_indexed() -> None:
-        end = broker.region.get("tail")
-        wait_until(lambda: not indexed or broker.region.get("indexed") >= end, "the key index")
-
     with running(tmp_path / "data") as broker, broker.producer("billing") as producer:
         sent = [producer.send(Message("orders", b"%d" % n, keys="k", delay=1.0 + n)) for n in range(2)]
         ids = [(int(result.message_id[:16], 16), int(result.message_id[16:], 16)) for result in sent]
         producer.send_batch([Message("orders", b"x") for _ in range(1000)])
-        wait_indexed()
+        wait_indexed(broker, wanted=indexed)
         with broker.simple_consumer("audit", ALL) as consumer:
             while b"1" not in bodies_of(messages := consumer.receive(512, wait=10.0)):
                 consumer.ack(messages)
         producer.send(Message("orders", b"later", keys="k", delay=3600.0))
-        wait_indexed()
+        wait_indexed(broker, wanted=indexed)
         with StoredMessages(BrokerPaths(tmp_path / "data"), broker.region) as stored:
             found = [stored.by_id(*identity) for identity in ids]
             if indexed:  # else the TIMER record is met first
