@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from shmbroker._native._core import Region, decode_record, timer_scan
@@ -75,7 +76,7 @@ class Records:
 
     def read(self, positions: list[int]) -> Iterator[tuple[int, bytes | CorruptLog]]:
         """Each with its record, checked, or with what is wrong with it. ``positions`` are sorted."""
-        for position, following in zip(positions, [*positions[1:], 1 << 63], strict=True):
+        for position, following in pairwise([*positions, 1 << 63]):
             try:
                 raw = self._region.read_raw(position)
                 yield position, self._of_files(position, following) if raw is None else raw
