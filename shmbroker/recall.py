@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from shmbroker.delivery.dispatch import Source
 from shmbroker.delivery.firing import TimerScan, scan_timers
-from shmbroker.errors import BadRequest, BrokerBusy, CorruptLog, PositionGone
+from shmbroker.errors import BadRequest, BrokerBusy, PositionGone
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RecordKind
 from shmbroker.store.timer_index import Known, reading
@@ -65,7 +65,7 @@ def recall(home: RecallHome, text: str, timeout: float, durable_timeout: float) 
     """True: the message will not fire, ever. False: it has fired, or there is no such message.
 
     Raises BadRequest (no handle), BrokerBusy (lock or disk took longer than the timeouts; ask again), StoreFull,
-    StoreReadOnly, BrokerClosed.
+    StoreReadOnly, BrokerClosed, CorruptLog (what became of it cannot be read).
     """
     handle = Handle.parse(text)
     deadline = time.monotonic() + timeout
@@ -139,8 +139,5 @@ def _read_fate(region: Region, log: ServingReader, handle: Handle, known: Known,
 
 def _is_of(source: Source[TimerScan], position: int, handle: Handle) -> bool:
     """Another message may lie there now: a power cut has taken the log's end, and with it what the handle names."""
-    try:
-        record = source.record(position)
-    except CorruptLog:
-        return False
+    record = source.record(position)
     return (record.incarnation, record.sequence) == (handle.incarnation, handle.sequence)

@@ -148,6 +148,20 @@ def test_the_index_grows_its_map_and_keeps_every_entry(tmp_path: Path) -> None:
     index.close()
 
 
+def test_a_timer_that_was_carried_on_again_and_again_is_known_by_its_first_place(index: TimerIndex) -> None:
+    timers = Timers(index, 0)
+    timers.learn([(0, RecordKind.TIMER, 0, 7, SIZE)], SIZE)
+    for place in range(SIZE, 9 * SIZE, 2 * SIZE):
+        timers.commit(place, 10)
+        old = index.oldest(0, 1 << 62, 1)[0].position
+        moved = [(place, RecordKind.TIMER, place, 7, SIZE), (place + SIZE, RecordKind.FIRED, old, 0, place)]
+        timers.learn(moved, place + 2 * SIZE)
+        timers.commit(place + 2 * SIZE, 10)
+        assert index.know(0, 7).timer == Timer(7, place, SIZE, 0)
+        assert index.count == 1
+    index.close()
+
+
 def test_recalled_messages_are_known_for_a_day_behind_their_time(index: TimerIndex) -> None:
     index.commit(1000, [], [], [(5, 80), (6, 160)])
     assert index.know(80, 5).recalled

@@ -120,8 +120,8 @@ class TimerIndex:
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
+                    self._delete(transaction, gone)  # first: whose place is taken is gone by the same record
                     self._put(transaction, timers)
-                    self._delete(transaction, gone)
                     for due, origin in undone:
                         transaction.put(_DUE.pack(due, origin), b"", db=self._tables["recalled"])
                     transaction.put(b"position", _U64.pack(position), db=self._tables["meta"])
@@ -160,8 +160,8 @@ class TimerIndex:
                 continue
             due, _, origin = _PENDING.unpack(value)
             transaction.delete(_DUE.pack(due, position), db=self._tables["due"])
-            if origin != position:  # unless it has moved on by now
-                transaction.delete(_U64.pack(origin), _U64.pack(position), db=self._tables["carried"])
+            if origin != position:
+                transaction.delete(_U64.pack(origin), db=self._tables["carried"])
 
     # ---- looking up -----------------------------------------------------------------------------------------------
 
