@@ -199,7 +199,10 @@ class Timers:
                 added[change.added.position] = change.added
             else:
                 done_with.append(change.removed)
-                if added.pop(change.removed, None) is None:
+                timer = added.pop(change.removed, None)
+                if (
+                    timer is None or timer.origin != timer.position
+                ):  # carried on: an earlier commit may have put it there
                     removed.append(change.removed)
             if change.recalled is not None:
                 recalled.append(change.recalled)
