@@ -60,6 +60,7 @@ FAILPOINTS: Final[dict[str, str]] = {
     "scheduler.after_fire": "appended with their FIRED record, the scheduler has not noted it",
     "scheduler.before_commit": "the timer index is behind what the scheduler knows",
     "scheduler.after_commit": "the timer index is new, retention has not been told",
+    "scheduler.carried": "timers appended anew and their old records done with, the scheduler has not noted it",
     "recall.before_append": "the timer was pending, its RECALL record not appended",
     "recall.after_append": "recalled in the log, not flushed, the caller not told",
     "recovery.scanned": "the log's end is known, nothing changed",

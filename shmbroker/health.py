@@ -7,6 +7,7 @@ change while it is read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ EXPECTED_ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor", "sche
 ABANDONED: Final = "abandoned"
 RING_NEARLY_FULL: Final = 0.9
 MANY_STARTS: Final = 5
+TIMERS_LATE_SECONDS: Final = 30.0  # the index may be some seconds behind
 
 _STORE_REMEDIES: Final = {
     "full": "free space on that disk, or let consumers work; sending resumes by itself",
@@ -72,6 +74,7 @@ def of_running(region: Region, descriptor: Descriptor, paths: BrokerPaths) -> di
         "clients": [_client(client) for client in region.clients() if client["live"]],
         "append_lock": {"holder": _process(region.lock_holder()), "takeovers": region.get("lock_takeovers")},
         "waits": dict(Counter(waiter["kind"] for waiter in region.waiters() if waiter["state"] != "idle")),
+        "timers": timers(descriptor, paths),
         "topics": len(region.topics()),
         "groups": len(region.groups()),
         "unserved": _unserved(region),
@@ -120,6 +123,9 @@ def findings(health: dict[str, Any]) -> list[str]:
             found.append(f"the {role} is stopped: kill -CONT {worker['pid']}")
         elif worker["starts"] >= MANY_STARTS:
             found.append(f"the {role} was started {worker['starts']} times; run/{role}.log says why it died")
+    late = time.time_ns() / 1e9 - (health["timers"]["next_due"] or math.inf)
+    if late > TIMERS_LATE_SECONDS:
+        found.append(f"delayed messages are {late:.0f} s late; run/scheduler.log says what the scheduler waits for")
     holder = health["append_lock"]["holder"]
     if holder and holder["process_state"] == psutil.STATUS_STOPPED:
         found.append(
@@ -188,6 +194,17 @@ def memory_use(descriptor: Descriptor) -> dict[str, Any]:
     }
 
 
+def timers(descriptor: Descriptor, paths: BrokerPaths) -> dict[str, Any]:
+    """Delayed messages, as far as their index knows of them: what came within the last second it may not."""
+    from shmbroker.store.timer_index import reading
+
+    with reading(paths.timers, bytes.fromhex(descriptor.store)) as index:
+        if index is None:
+            return {"pending": 0, "next_due": None}
+        following = index.after(0, 0, 1)
+        return {"pending": index.count, "next_due": following[0][0] / 1e9 if following else None}
+
+
 def disk_use(paths: BrokerPaths) -> dict[str, Any]:
     """Bytes of log and derived files as allocated, and how full the file system is."""
     room = os.statvfs(paths.root)
@@ -196,7 +213,7 @@ def disk_use(paths: BrokerPaths) -> dict[str, Any]:
         "log_bytes": sum(segments),
         "segments": len(segments),
         "queues_bytes": sum(_files(paths.queues)),
-        "index_bytes": sum(_files(paths.index)),
+        "index_bytes": sum(_files(paths.index)) + sum(_files(paths.timers)),
         "free_bytes": room.f_bavail * room.f_frsize,
         "used": 1 - room.f_bavail / room.f_blocks if room.f_blocks else 0.0,
     }

@@ -8,18 +8,15 @@ Killed before the append nothing has happened; killed behind it the message is r
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-import lmdb
-
 from shmbroker.delivery.dispatch import Source
 from shmbroker.delivery.firing import TimerScan, scan_timers
-from shmbroker.errors import BadRequest, BrokerBusy, CorruptLog, PositionGone
+from shmbroker.errors import BadRequest, BrokerBusy, PositionGone
 from shmbroker.failpoint import failpoint
 from shmbroker.record import RecordKind
-from shmbroker.store.timer_index import Known, TimerIndex
+from shmbroker.store.timer_index import Known, reading
 
 if TYPE_CHECKING:
     from shmbroker._native._core import Client, Region
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from shmbroker.store.serving_reader import ServingReader
 
 _HANDLE_DIGITS: Final = 64
-_index_lock = threading.Lock()  # LMDB opens an index once in a process
 
 
 class RecallHome(Protocol):
@@ -69,7 +65,7 @@ def recall(home: RecallHome, text: str, timeout: float, durable_timeout: float) 
     """True: the message will not fire, ever. False: it has fired, or there is no such message.
 
     Raises BadRequest (no handle), BrokerBusy (lock or disk took longer than the timeouts; ask again), StoreFull,
-    StoreReadOnly, BrokerClosed.
+    StoreReadOnly, BrokerClosed, CorruptLog (what became of it cannot be read).
     """
     handle = Handle.parse(text)
     deadline = time.monotonic() + timeout
@@ -116,16 +112,10 @@ def _fate_of(home: RecallHome, region: Region, handle: Handle) -> _Fate:
 
 
 def _ask_index(home: RecallHome, handle: Handle) -> Known:
-    path, store = home.files.timers
-    with _index_lock:
-        try:
-            index = TimerIndex(path, store)
-        except (lmdb.Error, OSError):  # there is none yet: then the log says everything
+    with reading(*home.files.timers) as index:
+        if index is None:  # not yet: then the log says everything
             return Known(0, None, recalled=False)
-        try:
-            return index.know(handle.origin, handle.due)
-        finally:
-            index.close()
+        return index.know(handle.origin, handle.due)
 
 
 def _read_fate(region: Region, log: ServingReader, handle: Handle, known: Known, start: int) -> _Fate:
@@ -149,8 +139,5 @@ def _read_fate(region: Region, log: ServingReader, handle: Handle, known: Known,
 
 def _is_of(source: Source[TimerScan], position: int, handle: Handle) -> bool:
     """Another message may lie there now: a power cut has taken the log's end, and with it what the handle names."""
-    try:
-        record = source.record(position)
-    except CorruptLog:
-        return False
+    record = source.record(position)
     return (record.incarnation, record.sequence) == (handle.incarnation, handle.sequence)

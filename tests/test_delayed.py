@@ -12,12 +12,15 @@ import pytest
 from support.consuming import ALL, bodies_of
 from support.producing import stopped_flusher
 from support.running import log_records, running
+from support.waiting import wait_until
 
 from shmbroker import Message, SendResult, SendStatus
 from shmbroker.broker import Broker
 from shmbroker.config import Config
 from shmbroker.errors import ConfigError, MessageIllegal, MessageTooLarge
+from shmbroker.naming import BrokerPaths
 from shmbroker.record import RecordKind
+from shmbroker.tools.stored_messages import StoredMessages
 
 HOUR = 3600.0
 
@@ -37,6 +40,11 @@ def due_of(broker: Broker, result: SendResult) -> float:
     record = decode_record(raw, result.position)
     assert record.kind == RecordKind.TIMER
     return (record.queue_offset - record.born_ns) / 1e9
+
+
+def wait_indexed(broker: Broker, *, wanted: bool) -> None:
+    end = broker.region.get("tail")
+    wait_until(lambda: not wanted or broker.region.get("indexed") >= end, "the key index")
 
 
 @pytest.mark.parametrize("how", ["delay", "timedelta", "deliver_at", "datetime", "local datetime", "level"])
@@ -137,17 +145,14 @@ def test_a_batch_takes_no_delayed_message(broker: Broker) -> None:
         assert broker.region.get("tail") <= tail + 1024  # at most the topic's definition
 
 
-def test_a_message_that_could_not_fire_is_refused(broker: Broker) -> None:
+def test_a_message_as_large_as_can_be_sent_can_be_delayed_and_no_larger_one(broker: Broker) -> None:
     room = broker.region.ring_bytes // 4
-    with broker.producer("billing") as producer:
-        producer.send(Message("orders", bytes(room - 80)))
-        with pytest.raises(MessageTooLarge):
-            producer.send(Message("orders", bytes(room - 80), delay=HOUR))
-        largest = Message("orders", bytes(room - 80 - 104), delay=0.2)
-        with broker.simple_consumer("audit", ALL) as consumer:
-            assert [len(body) for body in bodies_of(consumer.receive(wait=10.0))] == [room - 80]
-            producer.send(largest)
-            assert [len(body) for body in bodies_of(consumer.receive(wait=10.0))] == [room - 80 - 104]
+    with broker.producer("billing") as producer, broker.simple_consumer("audit", ALL) as consumer:
+        producer.send(Message("orders", bytes(room - 80), delay=0.2))
+        assert [len(body) for body in bodies_of(consumer.receive(wait=10.0))] == [room - 80]
+        for delayed in ({}, {"delay": HOUR}):
+            with pytest.raises(MessageTooLarge):
+                producer.send(Message("orders", bytes(room - 80), tags="x", **delayed))  # type: ignore[arg-type]
 
 
 def test_every_kind_of_send_delays(broker: Broker) -> None:
@@ -209,3 +214,32 @@ def test_a_message_of_a_deleted_topic_never_fires_and_holds_nothing_up(tmp_path:
     records = log_records(tmp_path / "data")
     assert sum(len(record.body) for record in records if record.kind == RecordKind.FIRED) == 48
     assert [record.body for record in records if record.kind == RecordKind.MESSAGE] == [b"2"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_delayed_message_is_found_by_its_id_before_and_after_it_fires_and_by_its_key_after(
+    tmp_path: Path, indexed: bool
+) -> None:
+    with running(tmp_path / "data") as broker, broker.producer("billing") as producer:
+        sent = [producer.send(Message("orders", b"%d" % n, keys="k", delay=1.0 + n)) for n in range(2)]
+        ids = [(int(result.message_id[:16], 16), int(result.message_id[16:], 16)) for result in sent]
+        producer.send_batch([Message("orders", b"x") for _ in range(1000)])
+        wait_indexed(broker, wanted=indexed)
+        with broker.simple_consumer("audit", ALL) as consumer:
+            while b"1" not in bodies_of(messages := consumer.receive(512, wait=10.0)):
+                consumer.ack(messages)
+        producer.send(Message("orders", b"later", keys="k", delay=3600.0))
+        wait_indexed(broker, wanted=indexed)
+        with StoredMessages(BrokerPaths(tmp_path / "data"), broker.region) as stored:
+            found = [stored.by_id(*identity) for identity in ids]
+            if indexed:  # else the TIMER record is met first
+                assert [record is not None and record.kind for record in found] == [RecordKind.MESSAGE] * 2
+            assert [record is not None and record.body for record in found] == [b"0", b"1"]
+            by_key = stored.by_key(stored.topic_id("orders"), "k", 10)
+            assert [(record.kind, record.body) for record in by_key] == [
+                (RecordKind.MESSAGE, b"1"),
+                (RecordKind.MESSAGE, b"0"),
+            ]
+            pending = stored.by_id(ids[0][0], 1003)
+            assert pending is not None
+            assert (pending.kind, pending.body) == (RecordKind.TIMER, b"later")

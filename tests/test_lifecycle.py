@@ -136,7 +136,7 @@ def test_a_janitor_killed_while_it_clears_up_after_a_client_is_followed_by_one_t
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("role", ["flusher", "dispatcher", "janitor"])
+@pytest.mark.parametrize("role", ["flusher", "dispatcher", "janitor", "scheduler"])
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(broker: Broker, directory: Path, role: str) -> None:
     before = wait_for_workers(directory)
     positions = {send(broker, b"before"): b"before"}

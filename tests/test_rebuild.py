@@ -161,7 +161,7 @@ def test_a_swap_mends_the_live_files(built: StoreBuilder, tmp_path: Path) -> Non
     shutil.rmtree(paths.index)
     swap(paths, made(built, tmp_path / "side"))
     assert not (tmp_path / "side").exists()
-    assert sorted(path.name for path in built.directory.iterdir()) == ["checkpoint", "index", "log", "queues"]
+    assert sorted(path.name for path in built.directory.iterdir()) == ["checkpoint", "index", "log", "queues", "timers"]
     assert named(paths, made(built, tmp_path / "again")) == []
     checkpoint = CheckpointFile(paths.checkpoint).read()
     assert checkpoint is not None

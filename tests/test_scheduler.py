@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.consuming import ALL
-from support.processes import Child, kill_all, wait_for_workers
+from support.processes import Child, workers_of
 from support.running import QUICK, log_bodies, lose_memory, running, starts_of, wait_restarted, worker_pid
 from support.waiting import wait_until
 
@@ -128,8 +130,8 @@ def test_everything_killed_while_messages_fire_loses_and_doubles_none(tmp_path: 
         bodies = send_delayed(broker, 300, 0.4, spread=0.4)
         with broker.simple_consumer("audit", ALL) as consumer:
             assert consumer.receive(wait=10.0)
-        kill_all(directory)
-        wait_for_workers(directory)
+        for pid in workers_of(directory).values():
+            os.kill(pid, signal.SIGKILL)
         assert set(receive_all(broker, len(bodies))) == set(bodies)
     assert Counter(log_bodies(directory)) == Counter(bodies)
 

@@ -299,6 +299,8 @@ def repair(session: Session, yes: bool) -> int:
         ring_bytes = load(paths.directory).layout.ring_bytes
         place = LogPlace(paths.log, stored.segment_bytes, ring_bytes, stored.store)
         checkpoints = CheckpointFile(paths.checkpoint)
+        for file in paths.timers.glob("*"):  # it would say what was in the part that is cut off
+            file.unlink()
         end = recovery.repair(place, checkpoints).end
         checkpoints.close()
     cut = f"cut at position {end:,}; what was behind it is in {paths.log}/*{recovery.BROKEN}"

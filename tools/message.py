@@ -81,13 +81,16 @@ def _parse_id(text: str) -> tuple[int, int]:
 
 
 def _fields(record: Record, topics: dict[int, str]) -> dict[str, Any]:
+    from shmbroker.record import RecordKind
     from shmbroker.tools.receive import body_fields
 
+    pending = record.kind == RecordKind.TIMER  # no message with this id has fired yet
     return {
         "message_id": record.message_id,
         "topic": topics.get(record.topic_id, f"deleted topic {record.topic_id}"),
         "queue_id": record.queue_id,
-        "queue_offset": record.queue_offset,
+        "queue_offset": None if pending else record.queue_offset,
+        "due": datetime.fromtimestamp(record.queue_offset / 1e9, UTC).isoformat() if pending else None,
         "position": record.position,
         "size": record.size,
         "epoch": record.epoch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import click
@@ -73,6 +74,7 @@ def _summary(health: dict[str, Any]) -> None:
         ("append lock", _lock_line(health["append_lock"])),
         ("waiting", ", ".join(f"{count} for {kind}" for kind, count in sorted(health["waits"].items())) or "nobody"),
         ("contents", f"{health['topics']} topics, {health['groups']} groups"),
+        ("delayed", _timers_line(health["timers"])),
         ("memory", f"{console.size(in_memory)} of /dev/shm, {console.size(memory['free_bytes'])} free"),
         ("disk", _disk_line(health["disk"])),
     ]
@@ -87,6 +89,13 @@ def _groups(lags: list[dict[str, Any]]) -> None:
 def _lock_line(lock: dict[str, Any]) -> str:
     holder = f"held by {lock['holder']['pid']} {lock['holder']['command']}" if lock["holder"] else "free"
     return f"{holder}, repaired {lock['takeovers']} times" if lock["takeovers"] else holder
+
+
+def _timers_line(timers: dict[str, Any]) -> str:
+    if not timers["pending"]:
+        return "no messages"
+    following = datetime.fromtimestamp(timers["next_due"]).astimezone().isoformat(" ", "milliseconds")
+    return f"{timers['pending']:,} messages, the next at {following}"
 
 
 def _disk_line(disk: dict[str, Any]) -> str:

@@ -67,7 +67,11 @@ class StoredMessages:
         """The newest ``limit`` messages of a topic that have this key, newest first."""
         found: dict[int, Record] = {}
         with _Index(self._paths, self._log.store) as index:
-            recent = [record for record in self._not_indexed(index.position) if record.topic_id == topic_id]
+            recent = [
+                record
+                for record in self._not_indexed(index.position)
+                if record.topic_id == topic_id and record.kind == RecordKind.MESSAGE
+            ]
             candidates = (self.at_position(position) for position in index.by_key(topic_id, key, 4 * limit))
             for record in [*candidates, *recent]:
                 if record is not None and record.topic_id == topic_id and key in record.keys.split():
@@ -75,7 +79,7 @@ class StoredMessages:
         return [found[position] for position in sorted(found, reverse=True)[:limit]]
 
     def by_id(self, incarnation: int, sequence: int) -> Record | None:
-        """The message with this id, if the log still has it."""
+        """The message with this id, if the log still has it; of one that has not fired yet the TIMER record."""
         with _Index(self._paths, self._log.store) as index:
             exact, (start, end) = index.by_id(incarnation, sequence)
             for position in exact:
@@ -93,7 +97,7 @@ class StoredMessages:
         return None
 
     def _not_indexed(self, start: int) -> Iterator[Record]:
-        """Messages that the indexer has not come to yet."""
+        """Messages, and timers, that the indexer has not come to yet."""
         tail = self._region.get("tail")
         position = max(start, self._log.first)
         left = self._log.segment_bytes - position % self._log.segment_bytes
@@ -102,7 +106,7 @@ class StoredMessages:
             record = self.at_position(position)
             if record is None:
                 return
-            if record.kind == RecordKind.MESSAGE:
+            if record.kind in (RecordKind.MESSAGE, RecordKind.TIMER):
                 yield record
             position = next_position(position, record.size, self._log.segment_bytes)
 

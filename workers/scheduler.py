@@ -14,16 +14,17 @@ from typing import Final
 import lmdb
 
 from shmbroker.delivery.firing import Firing
-from shmbroker.delivery.timers import Timers
-from shmbroker.errors import BrokerClosed, Retryable, StoreFull, StoreReadOnly
+from shmbroker.errors import BrokerClosed, Retryable, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.store.files import NO_SPACE
 from shmbroker.store.serving_reader import ServingReader
-from shmbroker.store.timer_index import TimerIndex
+from shmbroker.store.timer_index import DAMAGED, TimerIndex
+from shmbroker.store.timers import Timers
 from shmbroker.workers import common
 
 LOOK_SECONDS: Final = 0.25
 GATHER_SECONDS: Final = 0.002  # while timers are sent without pause, each look takes what so long has brought
 RETRY_SECONDS: Final = 0.5
+QUIET_NS: Final = 50_000_000  # with nothing due for so long there is time for the index
 
 
 def serve(worker: common.Worker) -> None:
@@ -40,6 +41,10 @@ def serve(worker: common.Worker) -> None:
             try:
                 step(worker, firing)
                 complaint = ""
+            except DAMAGED as damage:
+                worker.log.error("the timer index is damaged, it is built anew from the log: %s", damage)  # noqa: TRY400
+                index.reset()
+                firing = Firing(worker.region, Timers(index, worker.region.get("kept")), log)
             except (Retryable, StoreFull, StoreReadOnly, BrokerClosed, lmdb.Error) as error:
                 if complaint != str(error):
                     worker.log.warning("delayed messages wait, trying again: %s", error)
@@ -75,7 +80,9 @@ def step(worker: common.Worker, firing: Firing) -> None:
     firing.read_on()
     fired = firing.fire(time.time_ns())
     now, due = time.time_ns(), firing.next_due()
-    firing.commit_if_due(idle=due is None or due > now)
+    quiet = due is None or due > now + QUIET_NS
+    if firing.commit_if_due(quiet=quiet) or (quiet and firing.carry_on()):
+        return
     if due is not None and due <= now:
         if not fired:
             firing.wait_durable()
@@ -96,7 +103,7 @@ def finish(worker: common.Worker, firing: Firing) -> None:
     try:
         firing.read_on()
         firing.finish()
-    except (lmdb.Error, OSError) as error:
+    except (lmdb.Error, OSError, ShmBrokerError) as error:
         worker.log.warning("the timer index stays behind: %s", error)
 
 

@@ -244,8 +244,7 @@ cdef class ProducerCore:
         result.due_ns = self._due_ns(message, item.born_ns)
         if result.due_ns == 0:
             return 0
-        # It has to fit into one append with the record that says that it has fired.
-        if sb_padded(size) + SB_RECORD_HEADER + sizeof(sb_fired) > min(r.segment_bytes, r.ring_bytes) // 4:
+        if sb_padded(size) > min(r.segment_bytes, r.ring_bytes) // 4:
             raise code_error(r, SB_TOO_LARGE, "sending a delayed message")
         item.kind = SB_KIND_TIMER
         item.queue_offset = result.due_ns

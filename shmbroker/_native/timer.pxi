@@ -141,6 +141,7 @@ cdef object append_fired(sb_region *r, uint32_t owner, list records, origins, ui
                 entries[i] = sb_fired(position=position, origin=origins[i] if carry else 0, back=0)
                 if carry:
                     item.kind = SB_KIND_TIMER
+                    item.flags |= SB_FLAG_LATE
                     items_count += 1
                     continue
                 if item.topic_id != topic:  # no topic has the id 0

@@ -1,6 +1,6 @@
 """The scheduler's work: delayed messages fire when they are due.
 
-    read_on   the log up to its tail ──▶ which timers are pending, which are due (timers.py)
+    read_on   the log up to its tail ──▶ which timers are pending, which are due (store/timers.py)
     fire      one append: their messages, and a FIRED record that names their TIMER records
     commit    what the log says ──▶ timer index, off the hot path
 
@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from shmbroker._native._core import Region, decode_record, timer_scan
 from shmbroker.delivery.dispatch import Source
-from shmbroker.delivery.timers import Event, Timers
 from shmbroker.errors import CorruptLog, PositionGone
 from shmbroker.failpoint import failpoint
 from shmbroker.store.serving_reader import ServingReader
+from shmbroker.store.timers import Event, Timers
 
 TAKEN: Final = 2_048  # at one time: records are read in the order of the log, and fire in that of their times
 _GROUP_RECORDS: Final = 255  # of one append: the lock is held no longer than for a batch of messages
@@ -39,9 +40,12 @@ _APPEND_TIMEOUT_NS: Final = 1_000_000_000
 _WINDOW_BYTES: Final = 256 * 1024
 _NEAR_BYTES: Final = 16 * 1024  # records as close as this are read in one window
 _DURABLE_WAIT_NS: Final = 20_000_000
+_FINISH_WAIT_NS: Final = 1_000_000_000
 _COMMIT_CHANGES: Final = 4_000  # at one time: some ten milliseconds in which nothing fires
 _CHANGES_MAX: Final = 200_000  # from here on they are committed also while timers are due
 _COMMIT_INTERVAL: Final = 1.0
+_BUSY_INTERVAL: Final = 5.0
+_FORGET_INTERVAL: Final = 60.0
 _COMMIT_BYTES: Final = 16 << 20  # of log without timers, which a successor would read again
 
 _Key = tuple[int, int]
@@ -72,7 +76,7 @@ class Records:
 
     def read(self, positions: list[int]) -> Iterator[tuple[int, bytes | CorruptLog]]:
         """Each with its record, checked, or with what is wrong with it. ``positions`` are sorted."""
-        for position, following in zip(positions, [*positions[1:], 1 << 63], strict=True):
+        for position, following in pairwise([*positions, 1 << 63]):
             try:
                 raw = self._region.read_raw(position)
                 yield position, self._of_files(position, following) if raw is None else raw
@@ -105,6 +109,7 @@ class Firing:
         self._turn = 0
         self._committed = 0.0  # monotonic
         self._committed_position = 0
+        self._forgot = 0.0  # monotonic
 
     @property
     def position(self) -> int:
@@ -159,21 +164,56 @@ class Firing:
         """When the next timer is due, CLOCK_REALTIME ns."""
         return self._timers.next_due()
 
-    def commit_if_due(self, *, idle: bool) -> None:
-        """Let the index take what is new: often enough, and rather when there is time for it. Raises lmdb.Error."""
+    def commit_if_due(self, *, quiet: bool) -> bool:
+        """Let the index take what is new: often enough, and rather while nothing is due. True if there is more of it.
+
+        Raises lmdb.Error.
+        """
         uncommitted = self._timers.uncommitted
-        if not idle and uncommitted < _CHANGES_MAX:
-            return
+        since = time.monotonic() - self._committed
+        if not quiet and uncommitted < _CHANGES_MAX and since < _BUSY_INTERVAL:
+            return False
         log_bytes = self._timers.position - self._committed_position
-        if uncommitted > _COMMIT_CHANGES or (
-            time.monotonic() - self._committed >= _COMMIT_INTERVAL and (uncommitted or log_bytes > _COMMIT_BYTES)
-        ):
-            self._commit()
-        else:
-            self._publish_kept()
+        if uncommitted > _COMMIT_CHANGES or (since >= _COMMIT_INTERVAL and (uncommitted or log_bytes > _COMMIT_BYTES)):
+            return self._commit() and self._timers.uncommitted > _COMMIT_CHANGES
+        self._publish_kept()
+        if time.monotonic() - self._forgot >= _FORGET_INTERVAL:
+            self._timers.forget_recalled(time.time_ns())
+            self._forgot = time.monotonic()
+        return False
+
+    def carry_on(self) -> bool:
+        """Retention waits for a segment in which little but timers is left: append some of them anew (R15).
+
+        Their old records are done with in the same append. True if there may be more of them. Raises as ``fire`` does.
+        """
+        size = self._region.segment_bytes
+        start = self._region.get("timers_kept") // size * size
+        if start + size > self._region.get("timers_wanted"):
+            return False
+        left = self._timers.little_left(start, start + size, size // 2)
+        found = self._records.read([timer.position for timer in left[:_GROUP_RECORDS]])
+        # Damage stays where it can be looked at.
+        records = {position: raw for position, raw in found if isinstance(raw, bytes)}
+        keys = [(timer.due, timer.position) for timer in left if timer.position in records]
+        group = next(self._groups(keys, records), [])
+        if not group:
+            return False
+        origins = {timer.position: timer.origin for timer in left}
+        old = [position for _, position in group]
+        done = self._region.carry_on(
+            [records[position] for position in old],
+            [origins[position] for position in old],
+            self._turn,
+            _APPEND_TIMEOUT_NS,
+        )
+        failpoint("scheduler.carried")
+        self.read_on()  # either way: what we have just appended is told us by the log, like anybody else's
+        return done
 
     def finish(self) -> None:
         """Leave an index that has what the log has on the disk. Raises lmdb.Error."""
+        self._region.wait_for("flushed", self._timers.position, _FINISH_WAIT_NS)
         while self._timers.uncommitted and self._commit():
             pass
 

@@ -1,10 +1,11 @@
 """What of the log may be deleted, and in which order (R15, R16).
 
 A segment may go when the newest complete snapshot begins behind it, consume queues and key index have what is in it,
-and every group has consumed it; what no group has consumed yet is kept for the first one. Order, and what a crash
-leaves: queues' first offsets, then the checkpoint's ``kept``, durably, then the memory's, then the flusher retires the
-segments, then files of the consume queues. Killed anywhere: all of it is done again, from the same floor. A segment
-that is missing from ``kept`` on was taken by nobody of ours, and recovery refuses to begin without it.
+no delayed message in it is pending, and every group has consumed it; what no group has consumed yet is kept for the
+first one. Order, and what a crash leaves: queues' first offsets, then the checkpoint's ``kept``, durably, then the
+memory's, then the flusher retires the segments, then files of the consume queues. Killed anywhere: all of it is done
+again, from the same floor. A segment that is missing from ``kept`` on was taken by nobody of ours, and recovery
+refuses to begin without it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _ANYWHERE: Final = 1 << 63
 
 
 def floor(region: Region, queues: ConsumeQueues) -> int:
-    """The position before which nobody needs the log any more.
+    """The position before which nobody needs the log any more, but for delayed messages.
 
     A group that consumes one queue of a topic is to get the others as well, also those added while it was away. What
     no group consumes yet waits for the first one.
     """
-    lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed", "timers_kept"))
+    lowest = min(region.get(word) for word in ("snapshot", "flushed", "dispatched", "indexed"))
     groups: dict[int, set[int]] = {}  # of each topic
     oldest: dict[tuple[int, int], dict[int, int]] = {}  # of each queue: the first offset that a group still needs
     for table in region.progress():
@@ -60,6 +61,9 @@ def retain(region: Region, queues: ConsumeQueues, retention_bytes: int, note_kep
     if wanted <= region.get("kept"):
         return False
     limit = floor(region, queues)
+    wanted = min(wanted, limit - limit % region.segment_bytes)
+    region.raise_to("timers_wanted", wanted)  # the scheduler takes out of the way what holds a segment for little
+    limit = region.get("timers_kept")
     kept = min(wanted, limit - limit % region.segment_bytes)
     if kept <= region.get("kept"):
         return False

@@ -1,6 +1,6 @@
-"""Consume queues and key index made anew from the log, beside the live ones: to compare them, or to replace them.
+"""Consume queues and indexes made anew from the log, beside the live ones: to compare them, or to replace them.
 
-rebuild(...)       log ──▶ SIDE/queues, SIDE/index
+rebuild(...)       log ──▶ SIDE/queues, SIDE/index, SIDE/timers
 differences(...)   SIDE against the live ones, entry by entry
 swap(...)          SIDE takes their place; only while no broker runs in the directory
 """
@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
-from shmbroker._native._core import dispatch_scan
+from shmbroker._native._core import dispatch_scan, timer_scan
 from shmbroker.naming import BrokerPaths
 from shmbroker.record import RecordKind, TopicBody, decode_record
 from shmbroker.store.checkpoint import CheckpointFile
@@ -22,6 +22,8 @@ from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRIES_PER_FILE, ENTRY, ENTRY_BYTES, ConsumeQueues
 from shmbroker.store.files import sync_directory
 from shmbroker.store.key_index import TABLES, KeyIndex
+from shmbroker.store.timer_index import TimerIndex, reading
+from shmbroker.store.timers import Timers
 
 _COMMIT_ENTRIES: Final = 100_000
 _NO_ENTRY: Final = (0, 0, 0)
@@ -39,6 +41,7 @@ class Rebuilt:
     end: int
     messages: int
     keys: int  # entries of the key index
+    timed: int  # behind the last record that says something about delayed messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,21 @@ def rebuild(
     made = BrokerPaths(side)
     queues = ConsumeQueues(made.queues, store, writable=True)
     index = KeyIndex(made.index, store, writable=True)
-    epoch, messages, keys = log.read(first).epoch if first < end else 0, 0, 0
+    timers = TimerIndex(made.timers, store, writable=True)
+    pending = Timers(timers, first)
+    epoch, messages, keys, timed = log.read(first).epoch if first < end else 0, 0, 0, 0
 
     def derive(data: memoryview, position: int) -> int:
-        nonlocal epoch, messages, keys
+        nonlocal epoch, messages, keys, timed
+        told, told_epoch = position, epoch
         runs, marks, behind, epoch, _ = dispatch_scan(data, position, epoch, segment_bytes)
+        while told < behind:
+            piece = data[told - position : behind - position]
+            events, told, told_epoch, _ = timer_scan(piece, told, told_epoch, segment_bytes)
+            pending.learn(events, told)
+            timed = events[-1][0] + 1 if events else timed
+        if pending.uncommitted >= _COMMIT_ENTRIES:
+            pending.commit(behind, pending.uncommitted)
         for run in runs:
             queues.write(*run)
             messages += len(run[3]) // ENTRY_BYTES
@@ -89,15 +102,17 @@ def rebuild(
             raise log.explain(reached, f"no valid record, though the log goes on to {end}")
         keys += index.pending
         index.commit(end)
+        pending.commit(end, pending.uncommitted)
         queues.sync()
     finally:
         queues.close()
         index.close()
-    return Rebuilt(made, store, first, end, messages, keys)
+        timers.close()
+    return Rebuilt(made, store, first, end, messages, keys, timed)
 
 
 def differences(live: BrokerPaths, rebuilt: Rebuilt) -> Iterator[Difference]:
-    """Compare the live consume queues and key index with rebuilt ones, entry by entry, as far as both reach.
+    """Compare the live consume queues and indexes with rebuilt ones, entry by entry, as far as both reach.
 
     A broker may run meanwhile: what it adds lies past the end of what was rebuilt, and what it deletes is deleted from
     the front. Raises CorruptLog for a live file that cannot be read at all, lmdb.Error without an index.
@@ -120,6 +135,7 @@ def differences(live: BrokerPaths, rebuilt: Rebuilt) -> Iterator[Difference]:
     finally:
         index.close()
         live_index.close()
+    yield from _timer_differences(live, rebuilt)
 
 
 def swap(live: BrokerPaths, rebuilt: Rebuilt) -> None:
@@ -135,7 +151,7 @@ def swap(live: BrokerPaths, rebuilt: Rebuilt) -> None:
     last = checkpoints.read()
     if last is not None:
         checkpoints.write(replace(last, dispatched=rebuilt.first, snapshot=None, clean=False))
-    for name in ("queues", "index"):
+    for name in ("queues", "index", "timers"):
         place: Path = getattr(live, name)
         shutil.rmtree(_old(place), ignore_errors=True)
         if place.exists():
@@ -145,7 +161,7 @@ def swap(live: BrokerPaths, rebuilt: Rebuilt) -> None:
     if last is not None:
         checkpoints.write(replace(last, dispatched=min(last.dispatched, rebuilt.end)))
     checkpoints.close()
-    for place in (live.queues, live.index):
+    for place in (live.queues, live.index, live.timers):
         shutil.rmtree(_old(place), ignore_errors=True)
     shutil.rmtree(rebuilt.side.directory)
 
@@ -170,6 +186,20 @@ def _queue_differences(
             if not outside:
                 what = f"queue {topic_id}/{queue_id} offset {offset}"
                 yield Difference(what, _shown(live_entry), _shown(entry))
+
+
+def _timer_differences(live: BrokerPaths, rebuilt: Rebuilt) -> Iterator[Difference]:
+    """Of a live index that has applied all that was rebuilt and no more, as a stopped broker's: others say nothing."""
+    with reading(live.timers, rebuilt.store) as index:
+        if index is None or not rebuilt.timed <= index.position <= rebuilt.end:
+            return
+        has = {(table, key): value for table, key, value in index.items()}
+    with reading(rebuilt.side.timers, rebuilt.store) as index:
+        wanted = {(table, key): value for table, key, value in index.items()} if index is not None else {}
+    for table, key in sorted(has.keys() | wanted.keys()):
+        ours, theirs = wanted.get((table, key)), has.get((table, key))
+        if ours != theirs:
+            yield Difference(f"timers {table} {key.hex()}", theirs, ours)
 
 
 def _shown(entry: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -22,7 +22,9 @@ import logging
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -36,7 +38,7 @@ TABLES: Final = ("due", "pending", "carried", "recalled")
 MAP_BYTES: Final = 64 << 20  # address space at first; doubled when full
 RECALLED_KEPT_NS: Final = 86_400 * 10**9
 
-_DAMAGED: Final = (
+DAMAGED: Final = (
     lmdb.CorruptedError,
     lmdb.InvalidError,
     lmdb.PageNotFoundError,
@@ -83,7 +85,7 @@ class TimerIndex:
         self._map_bytes = map_bytes
         try:
             self._open()
-        except (*_DAMAGED, _Foreign) as error:
+        except (*DAMAGED, _Foreign) as error:
             if not writable:
                 raise
             logger.warning("timer index %s: %s; it is built anew from the log", directory, error)
@@ -118,8 +120,8 @@ class TimerIndex:
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
+                    self._delete(transaction, gone)  # first: whose place is taken is gone by the same record
                     self._put(transaction, timers)
-                    self._delete(transaction, gone)
                     for due, origin in undone:
                         transaction.put(_DUE.pack(due, origin), b"", db=self._tables["recalled"])
                     transaction.put(b"position", _U64.pack(position), db=self._tables["meta"])
@@ -131,6 +133,10 @@ class TimerIndex:
 
     def forget_recalled(self, now_ns: int) -> None:
         """Drop those that were due long ago, a bounded number."""
+        with self._begin() as transaction:
+            cursor = transaction.cursor(self._tables["recalled"])
+            if not cursor.first() or _DUE.unpack(cursor.key())[0] > now_ns - RECALLED_KEPT_NS:
+                return
         with self._environment.begin(write=True) as transaction:
             cursor = transaction.cursor(self._tables["recalled"])
             for _ in range(_DROP_MAX):
@@ -154,8 +160,8 @@ class TimerIndex:
                 continue
             due, _, origin = _PENDING.unpack(value)
             transaction.delete(_DUE.pack(due, position), db=self._tables["due"])
-            if origin != position:  # unless it has moved on by now
-                transaction.delete(_U64.pack(origin), _U64.pack(position), db=self._tables["carried"])
+            if origin != position:
+                transaction.delete(_U64.pack(origin), db=self._tables["carried"])
 
     # ---- looking up -----------------------------------------------------------------------------------------------
 
@@ -261,6 +267,24 @@ class TimerIndex:
         except lmdb.MapResizedError:
             self._environment.set_mapsize(0)
             return self._environment.begin()
+
+
+_readers = threading.Lock()  # LMDB opens an index once in a process
+
+
+@contextmanager
+def reading(directory: Path, store_id: bytes) -> Iterator[TimerIndex | None]:
+    """The index, opened to read by one thread of this process at a time; None if there is none."""
+    with _readers:
+        try:
+            index = TimerIndex(directory, store_id)
+        except (lmdb.Error, OSError, _Foreign):
+            yield None
+            return
+        try:
+            yield index
+        finally:
+            index.close()
 
 
 class _Foreign(Exception):

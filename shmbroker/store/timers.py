@@ -23,7 +23,7 @@ from shmbroker.record import RecordKind
 from shmbroker.store.timer_index import Timer, TimerIndex
 
 NEAR_MAX: Final = 65_536
-NEAR_LOADED: Final = 16_384
+LITTLE_MAX: Final = 16_384  # timers of a segment
 _ANYWHERE: Final = 1 << 63
 
 Event = tuple[int, int, int, int, int]  # as timer_scan gives it
@@ -42,9 +42,10 @@ class _Change(NamedTuple):
 class Timers:
     """The pending timers of one log."""
 
-    def __init__(self, index: TimerIndex, kept: int) -> None:
+    def __init__(self, index: TimerIndex, kept: int, near_max: int = NEAR_MAX) -> None:
         """``kept``: the log before it was given up, with nothing pending in it that the index does not have."""
         self._index = index
+        self._near_max = near_max
         self.position = max(index.position, kept)  # what the log says before it is known here
         self._changes: deque[_Change] = deque()
         self._fresh: dict[int, Timer] = {}  # by position
@@ -73,7 +74,7 @@ class Timers:
         self._changes.append(_Change(at, timer, 0, None))
         if self._horizon is None or (timer.due, timer.position) <= self._horizon:
             self._bring_near(timer.due, timer.position)
-            if len(self._heap) > NEAR_MAX:
+            if len(self._heap) > self._near_max:
                 self._shrink()
 
     def _remove(self, at: int, position: int, recalled: _Key | None = None) -> None:
@@ -149,8 +150,9 @@ class Timers:
 
     def _reload(self, horizon: _Key) -> None:
         """Nothing is near any more: move the horizon on."""
-        loaded = self._index.after(*horizon, NEAR_LOADED)
-        self._horizon = loaded[-1] if len(loaded) == NEAR_LOADED else None
+        count = self._near_max // 4
+        loaded = self._index.after(*horizon, count)
+        self._horizon = loaded[-1] if len(loaded) == count else None
         for timer in self._fresh.values():
             key = timer.due, timer.position
             if key > horizon and (self._horizon is None or key <= self._horizon):
@@ -167,7 +169,7 @@ class Timers:
     def _shrink(self) -> None:
         """Leave the later half to the index."""
         self._heap.sort()  # a sorted list is a heap
-        del self._heap[NEAR_MAX // 2 :]
+        del self._heap[self._near_max // 2 :]
         self._horizon = self._heap[-1]
         self._near.intersection_update([position for _, position in self._heap])
 
@@ -197,7 +199,10 @@ class Timers:
                 added[change.added.position] = change.added
             else:
                 done_with.append(change.removed)
-                if added.pop(change.removed, None) is None:
+                timer = added.pop(change.removed, None)
+                if (
+                    timer is None or timer.origin != timer.position
+                ):  # carried on: an earlier commit may have put it there
                     removed.append(change.removed)
             if change.recalled is not None:
                 recalled.append(change.recalled)
@@ -210,6 +215,19 @@ class Timers:
         for _ in range(done):
             self._changes.popleft()
         self._removed.difference_update(done_with)
+
+    def forget_recalled(self, now_ns: int) -> None:
+        """Of messages that were due long ago nobody needs to know any more that they were recalled."""
+        self._index.forget_recalled(now_ns)
+
+    def little_left(self, start: int, end: int, bytes_max: int) -> list[Timer]:
+        """The pending timers of [start, end), which the index has applied, if they take no more than that of it.
+
+        Else none of them: they are worth the room that they hold.
+        """
+        found = self._index.oldest(start, end, LITTLE_MAX) if end <= self._index.position else []
+        found = [timer for timer in found if timer.position not in self._removed]
+        return found if len(found) < LITTLE_MAX and sum(timer.size for timer in found) <= bytes_max else []
 
     def kept(self, durable: int) -> int:
         """No timer before this position is pending, and none there has a fate that the index does not know.
