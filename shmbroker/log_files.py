@@ -6,11 +6,13 @@ They are opened by the first consumer that lags behind the ring, and anew after 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shmbroker._native._core import Region
+from shmbroker.errors import BrokerClosed
 from shmbroker.naming import BrokerPaths
 
 if TYPE_CHECKING:
@@ -23,11 +25,14 @@ WINDOW_BYTES: Final = 1 << 20  # of the log's files, read at a time for a consum
 
 
 class LogFiles:
-    """Thread-safe. ``serving``: memory and store of the broker that runs now; raises BrokerClosed, NotReady."""
+    """Thread-safe. ``serving``: memory and store of the broker that runs now; raises BrokerClosed, NotReady.
+
+    It is the method of a handle that owns this and must not be kept alive by it.
+    """
 
     def __init__(self, paths: BrokerPaths, serving: Callable[[], tuple[Region, bytes]]) -> None:
         self._paths = paths
-        self._serving = serving
+        self._serving_of_owner = weakref.WeakMethod(serving)
         self._lock = threading.Lock()
         self._opened: tuple[LogReader, ConsumeQueues] | None = None
 
@@ -83,6 +88,12 @@ class LogFiles:
             for opened in self._opened or ():
                 opened.close()
             self._opened = None
+
+    def _serving(self) -> tuple[Region, bytes]:
+        serving = self._serving_of_owner()
+        if serving is None:
+            raise BrokerClosed("this handle was dropped")
+        return serving()
 
     def _open(self) -> tuple[Region, LogReader, ConsumeQueues]:
         region, store = self._serving()

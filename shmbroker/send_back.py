@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -50,7 +51,7 @@ class SendBack:
 
     def __init__(self, home: ConsumerHome, core: ConsumerCore) -> None:
         self._home = home
-        self._core = core
+        self._core: ConsumerCore = weakref.proxy(core)  # which owns this, and is to go with its last user
         self._levels = parse_delay_levels(home.config.runtime.message_delay_level)
         self._told: set[str] = set()  # topics of which sleeping members have been told
         self._complained = ""

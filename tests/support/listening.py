@@ -30,7 +30,8 @@ PUSHER: Final = """
         return shmbroker.ConsumeStatus.CONSUME_SUCCESS
     broker = shmbroker.open(sys.argv[1])
     consumer = broker.push_consumer("audit", handle, {"orders": "*"}, **eval(sys.argv[2] if sys.argv[2:] else "{}"))
-    print("ready", flush=True)
+    with turn:
+        print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "end":
             break
