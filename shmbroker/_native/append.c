@@ -246,7 +246,7 @@ static int write_all(sb_region *r, sb_item *items, uint32_t count, uint32_t opti
             sb_store(last, position); /* a hint for the flusher's wake-ups: before tail, or it might miss them */
             next++;
             bytes += item->body_bytes;
-        } else if (item->kind == SB_KIND_TIMER) {
+        } else if (item->kind >= SB_KIND_TIMER && item->kind <= SB_KIND_RECALL) {
             sb_store(&sb_marks(r)->timed, position + 1); /* SYNC: timed. A hint, as above */
         }
         if (code == SB_OK && (options & SB_APPEND_DEDUP)) {

@@ -183,7 +183,7 @@ typedef struct {
     sb_word timer_turn;                /* append effect of whoever fires, recalls or carries on timers: decides who was first */
     sb_word timers_kept;               /* writer: scheduler. No TIMER record before it is pending, and none unknown to it */
     sb_word timers_wanted;             /* writer: retention. It would give up the log before this, but for the timers */
-    _Alignas(SB_LINE) sb_word timed;   /* append lock, before tail: 1 + position of the newest TIMER record. SYNC: timed */
+    _Alignas(SB_LINE) sb_word timed;   /* append lock, before tail: 1 + position of the newest TIMER, FIRED or RECALL. SYNC: timed */
     sb_word timer_look;                /* writer: scheduler. CLOCK_REALTIME ns of its next look: earlier timers post it */
     sb_word ids_remembered;            /* append lock, undo scope: the next entry of the id window, modulo its size */
 } sb_watermarks;

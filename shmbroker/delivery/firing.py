@@ -107,6 +107,7 @@ class Firing:
         self._records = Records(region, log)
         self._epoch = 0  # of the record at the timers' position; 0: not known
         self._turn = 0
+        self._caught_up = False  # only behind what was read once does the memory's `timed` know everything
         self._committed = 0.0  # monotonic
         self._committed_position = 0
         self._forgot = 0.0  # monotonic
@@ -120,6 +121,9 @@ class Firing:
         """Read the log up to its tail. Raises lmdb.Error if so much is new that the index has to take it."""
         self._turn = self._region.get("timer_turn")  # first: who has moved it has published what he decided
         tail = self._region.get("tail")
+        if self._caught_up and self._region.get("timed") <= self._timers.position < tail:  # SYNC: timed
+            self._timers.learn([], tail)  # whatever else was sent, there is nothing for us
+            self._epoch = 0
         while self._timers.position < tail:
             start = self._timers.position
             try:
@@ -134,6 +138,7 @@ class Firing:
             self._epoch = found.epoch
             if self._timers.uncommitted > _CHANGES_MAX:
                 self._commit()
+        self._caught_up = True
 
     def fire(self, now_ns: int) -> int:
         """Fire what is due by now. Returns how many timers; the rest of them waits for the next call.
