@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -285,6 +286,23 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
 
     False: it was killed before it could report, and left nothing that hinders another. Raises what it reports.
     """
+    text, code = _run_supervisor(paths, config, deadline, armed)
+    while code == -signal.SIGINT and time.monotonic() < deadline:
+        # A Ctrl-C at the terminal, meant for us, in the instant before it had a session of its own.
+        text, code = _run_supervisor(paths, config, deadline, armed)
+    if text is None:
+        raise NotReady(f"the supervisor did not report in time; {paths.worker_log('supervisor')} says how far it is")
+    outcome = _parse_report(text)
+    if outcome is None and code > 0:
+        python = f"{interpreter.interpreter()}; {INTERPRETER_KEY} names another"
+        raise NotReady(f"the supervisor failed: {(text.splitlines() or [f'exit code {code}'])[-1]} (run by {python})")
+    if outcome is not None and "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
+        _raise_reported(outcome, paths)
+    return outcome is not None
+
+
+def _run_supervisor(paths: BrokerPaths, config: Config, deadline: float, armed: bool) -> tuple[str | None, int]:
+    """What it says until it serves, or ends before that (None: neither in time), and its first process's exit code."""
     environment = interpreter.environment()
     if not armed:
         environment.pop(ENVIRONMENT_KEY, None)  # a crash under test happens once: see failpoint.py
@@ -308,20 +326,11 @@ def start_supervisor(paths: BrokerPaths, config: Config, deadline: float, *, arm
         text = _read_report(read_fd, deadline)
         if text is None:
             child.kill()  # stopped, or very slow, before it has forked the supervisor; else that goes on
-        code = child.wait()
+        return text, child.wait()
     finally:
         os.close(read_fd)
         if write_fd >= 0:
             os.close(write_fd)
-    if text is None:
-        raise NotReady(f"the supervisor did not report in time; {paths.worker_log('supervisor')} says how far it is")
-    outcome = _parse_report(text)
-    if outcome is None and code > 0:
-        python = f"{interpreter.interpreter()}; {INTERPRETER_KEY} names another"
-        raise NotReady(f"the supervisor failed: {(text.splitlines() or [f'exit code {code}'])[-1]} (run by {python})")
-    if outcome is not None and "error" in outcome:  # "taken" is none: the race is lost, and the winner is attached to
-        _raise_reported(outcome, paths)
-    return outcome is not None
 
 
 def _read_report(fd: int, deadline: float) -> str | None:

@@ -498,6 +498,20 @@ def test_an_open_all_of_whose_supervisors_are_killed_says_so_when_its_time_is_ov
         shmbroker.open(directory, timeout=0.5)
 
 
+def test_a_ctrl_c_that_meets_a_supervisor_before_it_has_its_own_session_is_not_worth_a_word(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    met = tmp_path / "met"
+    python = tmp_path / "python-that-meets-ctrl-c"
+    python.write_text(f'#!/bin/sh\n[ -e {met} ] || {{ : > {met}; kill -INT $$; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("SHMBROKER_PYTHON", str(python))
+    with open_small(directory) as broker:
+        assert met.exists()
+        assert caplog.text == ""
+        assert body_at(broker, send(broker, b"first")) == b"first"
+
+
 @pytest.mark.crash
 @pytest.mark.parametrize(
     "name", ["supervisor.draining", "supervisor.drained", "memory.ring_unlinked", "memory.unlinked"]
