@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from shmbroker import access, failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
 from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
+from shmbroker.handle import Handle
 from shmbroker.log_files import LogFiles
 from shmbroker.naming import PERMISSIONS, RETRY_PREFIX, BrokerPaths, check_group, check_topic, permission_name
 from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
@@ -61,7 +61,7 @@ def open(  # noqa: A001 - as in gzip.open
         raise access.explained(error, paths) from error
 
 
-class Broker:
+class Broker(Handle):
     """A process's handle of a running broker: makes producers and consumers, manages topics. Thread-safe.
 
     A context manager; ``close`` closes what was made through it. After a fork the child's first use registers it anew
@@ -302,19 +302,8 @@ class Broker:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {str(self.directory)!r}, {'closed' if self._closed else 'open'}>"
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Broker belongs to its process and cannot be pickled: pass the directory, and call "
-            f"shmbroker.open({str(self.directory)!r}) in the other process"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _in_another_process(self) -> str:
+        return f"pass the directory, and call shmbroker.open({str(self.directory)!r}) in the other process"
 
     # ---- inside
 

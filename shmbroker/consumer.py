@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
@@ -24,6 +23,7 @@ from shmbroker.errors import (
     TopicNotExist,
 )
 from shmbroker.failpoint import failpoint
+from shmbroker.handle import Handle
 from shmbroker.naming import check_group
 from shmbroker.record import RecordKind
 from shmbroker.selector import Sql
@@ -53,7 +53,7 @@ class ConsumerHome(Protocol):
         """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
 
 
-class SimpleConsumer(ConsumerCore):
+class SimpleConsumer(Handle, ConsumerCore):
     """Fetches messages, and acknowledges each one when it is done with it. Thread-safe; of no use after a fork.
 
     Any number of consumers, in any number of processes, share a group's queues: each message is delivered to one of
@@ -220,17 +220,6 @@ class SimpleConsumer(ConsumerCore):
         tags = format_subscription(self._wanted).decode()
         state = "closed" if self._closed else "open"
         return f"<{type(self).__name__} of group {self.group!r} for {tags} in {str(self._home.directory)!r}, {state}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _append_and_flush_seconds(config: Config) -> float:

@@ -12,13 +12,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, SendResult, crc32c
 from shmbroker.completion import Completion
 from shmbroker.config import Config
 from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
+from shmbroker.handle import Handle
 from shmbroker.message import due_ns, no_message, wrong_type
 from shmbroker.naming import check_group
 
@@ -69,7 +69,7 @@ class ProducerHome(Protocol):
         """As Broker.recall."""
 
 
-class Producer(ProducerCore):
+class Producer(Handle, ProducerCore):
     """Sends messages to topics. Thread-safe; in a forked child it attaches anew with its first send (R25).
 
     ``send`` answers with a ``SendResult`` once the message is as durable as the broker's ``flush_disk_type`` says, or
@@ -215,17 +215,6 @@ class Producer(ProducerCore):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<{type(self).__name__} of group {self.group!r} in {str(self._home.directory)!r}, {state}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Producer belongs to its process and cannot be pickled: open the broker in the other process")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _key_bytes(name: str, key: object) -> bytes:

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from types import FrameType, TracebackType
-from typing import Any, Final, NoReturn, Self
+from types import FrameType
+from typing import Any, Final
 
 from shmbroker import listening
 from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMessage
 from shmbroker.consumer import ConsumerHome, SimpleConsumer
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
+from shmbroker.handle import Handle
 from shmbroker.selector import Sql
 from shmbroker.send_back import SendBack
 from shmbroker.status import ConsumeStatus
@@ -39,7 +40,7 @@ RENEWAL_LOOK_MIN_SECONDS: Final = 0.01
 WINDOW_SHARE: Final = 4  # at most this part of a group's claim window is prefetched by one consumer
 
 
-class PushConsumer(PushCore):
+class PushConsumer(Handle, PushCore):
     """Calls a listener with each message, in threads of its own, until it is shut down. Of no use after a fork.
 
     Any number of push consumers and simple ones, in any number of processes, share a group's messages. The listener is
@@ -221,17 +222,6 @@ class PushConsumer(PushCore):
 
     def _stop_on(self, _signum: int, _frame: FrameType | None) -> None:
         self.stop()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a consumer belongs to its process and cannot be pickled: open the broker in the other process")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
 
     # ---- a listener thread
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 from support.consuming import ALL, CONSUMER, drain, numbered, send
+from support.listening import Heard
 from support.processes import Child, kill_all, wait_gone
 from support.running import QUICK, lose_memory, running
 from support.waiting import wait_until
@@ -182,13 +183,18 @@ def test_subscriptions_that_are_no_mapping_are_refused_with_an_example(broker: B
 
 def test_handles_are_not_pickled_and_say_what_to_do_instead(broker: Broker) -> None:
     message = Message("orders", b"x", tags="paid", keys="k", properties={"a": "b"})
-    with broker.producer("test") as producer, broker.simple_consumer("audit", ALL) as consumer:
+    with (
+        broker.producer("test") as producer,
+        broker.simple_consumer("audit", ALL) as consumer,
+        broker.push_consumer("other", Heard(), ALL) as listening,
+    ):
         result = producer.send(message)
         (received,) = consumer.receive(wait=5.0)
         instead = {
             broker: rf"shmbroker.open\('{broker.directory}'\) in the other process",
             producer: "open the broker in the other process",
             consumer: "open the broker in the other process",
+            listening: "open the broker in the other process",
             result: "pass its message_id",
             received: "pass what is needed, as its body",
         }
