@@ -12,7 +12,7 @@ import lmdb
 import pytest
 
 from shmbroker.record import Record, RecordFlag, RecordKind, decode_record, encode_record
-from shmbroker.store.key_index import SEQUENCES_PER_ENTRY, TABLES, KeyIndex
+from shmbroker.store.key_index import SEQUENCES_PER_ENTRY, KeyIndex
 
 STORE = b"s" * 16
 SPAN = 1000
@@ -107,7 +107,7 @@ def test_the_same_records_applied_again_change_nothing(index: KeyIndex) -> None:
             index.add(message(48 * number, keys=["a", "b"], incarnation=1, sequence=1024 * number))
             index.add(message(48 * number + 8, incarnation=1, sequence=number, flags=RecordFlag.DEDUP))
         index.commit(3000)
-        return [list(index.items(table, 0, 1 << 60)) for table in TABLES]
+        return [list(index.items(table, 0, 1 << 60)) for table in KeyIndex.TABLES]
 
     once = apply()
     assert [len(table) for table in once] == [120, 60, 59]
@@ -185,6 +185,8 @@ def test_an_index_of_another_store_is_built_anew(index: KeyIndex, tmp_path: Path
     index.add(message(8, keys=["k"]))
     index.commit(16)
     index.close()
+    with pytest.raises(lmdb.Error, match="belongs to another store"):
+        KeyIndex(tmp_path / "index", b"t" * 16)
     other = KeyIndex(tmp_path / "index", b"t" * 16, writable=True)
     assert other.position == 0
     assert other.by_key(1, "k", 1) == []
@@ -215,7 +217,7 @@ def test_a_cut_of_the_log_takes_what_lay_past_it(index: KeyIndex, tmp_path: Path
     again = reopened(index, tmp_path)
     assert again.position == 1600
     assert again.by_key(1, "k", 100) == [1200, 800, 400, 0]
-    assert [len(list(again.items(table, 0, 1 << 60))) for table in TABLES] == [4, 4, 4]
+    assert [len(list(again.items(table, 0, 1 << 60))) for table in KeyIndex.TABLES] == [4, 4, 4]
     again.close()
 
 

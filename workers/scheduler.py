@@ -16,8 +16,9 @@ import lmdb
 from shmbroker.delivery.firing import Firing
 from shmbroker.errors import BrokerClosed, Retryable, ShmBrokerError, StoreFull, StoreReadOnly
 from shmbroker.store.files import NO_SPACE
+from shmbroker.store.lmdb_index import DAMAGED
 from shmbroker.store.serving_reader import ServingReader
-from shmbroker.store.timer_index import DAMAGED, TimerIndex
+from shmbroker.store.timer_index import TimerIndex
 from shmbroker.store.timers import Timers
 from shmbroker.workers import common
 

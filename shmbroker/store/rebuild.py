@@ -21,7 +21,7 @@ from shmbroker.store.checkpoint import CheckpointFile
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRIES_PER_FILE, ENTRY, ENTRY_BYTES, ConsumeQueues
 from shmbroker.store.files import sync_directory
-from shmbroker.store.key_index import TABLES, KeyIndex
+from shmbroker.store.key_index import KeyIndex
 from shmbroker.store.timer_index import TimerIndex, reading
 from shmbroker.store.timers import Timers
 
@@ -127,7 +127,7 @@ def differences(live: BrokerPaths, rebuilt: Rebuilt) -> Iterator[Difference]:
     index, live_index = (KeyIndex(paths.index, rebuilt.store) for paths in (rebuilt.side, live))
     try:
         end = min(rebuilt.end, live_index.position)
-        for table in TABLES:
+        for table in KeyIndex.TABLES:
             pairs = _merged(live_index.items(table, rebuilt.first, end), index.items(table, rebuilt.first, end))
             for key, has, wanted in pairs:
                 if has != wanted:
