@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.disk import disk, log, pool  # noqa: F401 - fixtures of the tests that write segments
+from support.disk import disk, log, pool, small_disk  # noqa: F401 - fixtures of the tests that write segments
 from support.processes import SMALL, wait_gone
 from support.waiting import wait_until
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -210,17 +208,6 @@ def test_after_eio_nothing_is_ever_acknowledged_and_the_reason_is_named(tmp_path
     assert bodies[: len(acknowledged)] == acknowledged
     assert bodies[-1] == b"mended"
     assert len(bodies) == len(set(bodies))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
 
 
 def test_a_full_disk_refuses_sends_keeps_everything_and_resumes_by_itself(small_disk: Path) -> None:

@@ -1,8 +1,9 @@
-"""A commit log's writer over a real disk that can be told to fail."""
+"""A commit log's writer over a real disk that can be told to fail, and a disk that is soon full."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def log(pool: SegmentPool, disk: CountingDisk) -> Iterator[CommitLog]:
     log = CommitLog(pool, BYTES, disk)
     yield log
     log.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 def pattern(size: int, salt: int = 0) -> bytes:
