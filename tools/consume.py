@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from shmbroker.naming import check_group, check_topic
 from shmbroker.tools import expressions
 from shmbroker.tools.session import Session, common_options, pass_session
+
+if TYPE_CHECKING:
+    from shmbroker.selector import Sql
 
 PROCESSES_MAX: Final = 256
 
@@ -18,10 +21,7 @@ PROCESSES_MAX: Final = 256
 @click.command()
 @common_options
 @click.argument("listener", metavar="MODULE:LISTENER")
-@click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
-@click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
-@click.option("--tags", help="A tag expression: 'paid || refunded'.  [default: *]")
-@click.option("--sql", help="An SQL expression on the properties instead: \"amount > 100 AND region = 'EU'\".")
+@expressions.consumer_options
 @click.option(
     "--processes", type=click.IntRange(1, PROCESSES_MAX), default=1, show_default=True, help="Consumer processes."
 )
@@ -74,9 +74,7 @@ def consume(
     session: Session,
     listener: str,
     group: str,
-    topics: tuple[str, ...],
-    tags: str | None,
-    sql: str | None,
+    wanted: Mapping[str, str | Sql],
     processes: int,
     threads: int,
     batch: int,
@@ -113,9 +111,6 @@ def consume(
     from shmbroker.tools.consume_fleet import Fleet
 
     session.require_directory()
-    check_group(group)
-    topics = tuple(map(check_topic, topics))
-    wanted = expressions.subscriptions(topics, [tags] if tags is not None else [], [sql] if sql is not None else [])
     settings = {
         "directory": str(session.paths.directory),
         "app_dir": str(app_dir.resolve()),

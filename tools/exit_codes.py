@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Self
-
 from shmbroker import errors
+from shmbroker.leaving import MeantCode
 
 
-class ExitCode(IntEnum):
+class ExitCode(MeantCode):
     """Exit codes of ``shmbroker``, each with its meaning; ``serve`` and ``worker`` have those of workers/common.py."""
-
-    meaning: str
-
-    def __new__(cls, code: int, meaning: str) -> Self:
-        made = int.__new__(cls, code)
-        made._value_ = code
-        made.meaning = meaning
-        return made
 
     OK = 0, "done"
     FINDING = 1, "done, and something was found: damage, a lost message, a difference, an unhealthy broker"

@@ -1,14 +1,37 @@
-"""``--tags`` and ``--sql``: which messages of its topics a command or a group wants."""
+"""``--topic``, ``--tags`` and ``--sql``: which messages of its topics a command or a group wants."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shmbroker.naming import check_group, check_topic
+
 if TYPE_CHECKING:
     from shmbroker.selector import Sql
+
+
+def consumer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``-g``, ``-t``, ``--tags`` and ``--sql`` of a command that consumes.
+
+    The command gets ``group``, and ``wanted``: topic to tag or SQL expression.
+    """
+
+    @click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
+    @click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
+    @click.option("--tags", help="A tag expression: 'paid || refunded'.  [default: *]")
+    @click.option("--sql", help="An SQL expression on the properties instead: \"amount > 100 AND region = 'EU'\".")
+    @wraps(command)
+    def checked(*args: Any, group: str, topics: tuple[str, ...], tags: str | None, sql: str | None, **rest: Any) -> Any:
+        check_group(group)
+        topics = tuple(map(check_topic, topics))
+        wanted = subscriptions(topics, [tags] if tags is not None else [], [sql] if sql is not None else [])
+        return command(*args, group=group, wanted=wanted, **rest)
+
+    return checked
 
 
 def subscriptions(topics: Sequence[str], tags: Sequence[str], expressions: Sequence[str]) -> dict[str, str | Sql]:

@@ -9,18 +9,19 @@ import select
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from shmbroker.errors import TopicNotExist
-from shmbroker.naming import check_group, check_topic
 from shmbroker.tools import expressions
 from shmbroker.tools.exit_codes import ExitCode
 from shmbroker.tools.session import Failure, Session, common_options, pass_session
 
 if TYPE_CHECKING:
     from shmbroker._native._core import ReceivedMessage
+    from shmbroker.selector import Sql
 
 BATCH_MAX: Final = 1024
 SLICE_SECONDS: Final = 1.0
@@ -29,10 +30,7 @@ BUSY_MS: Final = 10
 
 @click.command()
 @common_options
-@click.option("-g", "--group", required=True, help="The consumer group; its members share the messages.")
-@click.option("-t", "--topic", "topics", required=True, multiple=True, help="A topic; may be repeated.")
-@click.option("--tags", help="A tag expression: 'paid || refunded'.  [default: *]")
-@click.option("--sql", help="An SQL expression on the properties instead: \"amount > 100 AND region = 'EU'\".")
+@expressions.consumer_options
 @click.option(
     "--batch",
     type=click.IntRange(1, BATCH_MAX),
@@ -57,9 +55,7 @@ BUSY_MS: Final = 10
 def receive(
     session: Session,
     group: str,
-    topics: tuple[str, ...],
-    tags: str | None,
-    sql: str | None,
+    wanted: Mapping[str, str | Sql],
     batch: int,
     most: int | None,
     wait: float,
@@ -82,11 +78,9 @@ def receive(
 
     The directory and the topic must exist. Leaves with 0, or 1 if there was no message.
     """
-    check_group(group)
-    wanted = expressions.subscriptions(topics, [tags] if tags is not None else [], [sql] if sql is not None else [])
     received = 0
     with session.open() as broker:
-        missing = {check_topic(topic) for topic in topics} - {entry["name"] for entry in broker.topics()}
+        missing = set(wanted) - {entry["name"] for entry in broker.topics()}
         if missing:  # a consumer would make it, and a slip of the pen would wait there for ever
             raise TopicNotExist(f"topic {min(missing)!r} does not exist: nothing to receive")
         output = _Output()

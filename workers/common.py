@@ -26,10 +26,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Final, Self
+from typing import Final
 
 from shmbroker import access, failpoint, memory, process
 from shmbroker._native._core import Region, set_process_name
@@ -37,23 +36,16 @@ from shmbroker.config import Config
 from shmbroker.descriptor import Descriptor
 from shmbroker.directory import DirectoryTaken
 from shmbroker.errors import ConfigError, NotReady, ShmBrokerError
+from shmbroker.leaving import MeantCode
 from shmbroker.naming import BrokerPaths
 
 
-class Exit(IntEnum):
+class Exit(MeantCode):
     """How the supervisor and the workers leave: the codes of sysexits.h.
 
     The supervisor restarts a worker whatever it says; people and process managers read them. docs/operations.md has
     this table.
     """
-
-    meaning: str
-
-    def __new__(cls, code: int, meaning: str) -> Self:
-        made = int.__new__(cls, code)
-        made._value_ = code
-        made.meaning = meaning
-        return made
 
     OK = os.EX_OK, "stopped cleanly, as told"
     USAGE = os.EX_USAGE, "the command line is wrong"
