@@ -256,7 +256,12 @@ cdef class ConsumerCore(_Member):
         if self.shut:
             raise _errors.BrokerClosed("this consumer was closed")
         if type(messages) is ReceivedMessage:
-            every = [messages]
+            message = <ReceivedMessage>messages
+            if not written and self.change(r, message, False, 0) == SB_OK:  # as most are
+                self.acked(r, message.source, 1)
+                self.still_recorded(r, "acknowledging")
+                return
+            every = [message]
         elif type(messages) is list:
             every = (<list>messages)[:]
         else:
