@@ -179,10 +179,6 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        try:
-            parse_delay_levels(self.message_delay_level)
-        except ConfigError as error:
-            raise ConfigError(f"message_delay_level = {self.message_delay_level!r}: {error}") from None
 
     @property
     def delay_levels(self) -> tuple[float, ...]:
@@ -317,24 +313,33 @@ def load(
     ``file`` replaces ``directory/broker.toml`` and must exist. ``arguments`` are keyword settings of ``open``: times
     without a unit in their name are float seconds. Raises ConfigError, naming key, value and limits.
     """
-    settings: dict[str, Any] = {}
+    from_file: dict[str, _Found] = {}
     path = Path(file) if file is not None else Path(directory) / FILE_NAME if directory is not None else None
     if path is not None and (file is not None or path.exists()):
         for name, value in _read_file(path).items():
-            _put(settings, name, value, f"{path}: ")
-    from_environment = read_environment(environment)
-    from_arguments: dict[str, Any] = {}
+            _put(from_file, name, value, f"{path}: ")
+    from_arguments: dict[str, _Found] = {}
     for name, value in (arguments or {}).items():
         if f"{name}_ms" in RULES:
             _put(from_arguments, f"{name}_ms", _milliseconds(name, value), "")
         else:
             _put(from_arguments, name, value, "")
-    return Config.of(settings | from_environment | from_arguments, frozenset(from_arguments))
+    found = from_file | read_environment(environment) | from_arguments
+    for key, (value, where) in found.items():
+        _check(key, value, where)
+    return Config.of({key: value for key, (value, _) in found.items()}, frozenset(from_arguments))
 
 
-def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+class _Found(NamedTuple):
+    """A value that somebody chose, converted to the type of its default, and where it was found."""
+
+    value: Any
+    where: str  # begins the sentence of an error
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, _Found]:
     """The settings that stand in the environment. Raises ConfigError, also for a variable of ours that nobody knows."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, _Found] = {}
     for name, value in sorted((os.environ if environment is None else environment).items()):
         key = name.removeprefix(ENVIRONMENT_PREFIX)
         if name == key or key in OTHER_VARIABLES or _KUBERNETES.fullmatch(key):
@@ -357,7 +362,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
+def _put(settings: dict[str, _Found], name: str, value: Any, where: str) -> None:
     """Store ``value`` under our own key, converted to the type of its default."""
     key, factor = ROCKETMQ_KEYS.get(name, (name, 1))
     if key not in RULES:
@@ -365,9 +370,10 @@ def _put(settings: dict[str, Any], name: str, value: Any, where: str) -> None:
     if key in settings:
         raise ConfigError(f"{where}{name!r} and another spelling of {key!r} are both set")
     try:
-        settings[key] = _convert(key, value) * factor if factor != 1 else _convert(key, value)
+        converted = _convert(key, value)
     except ValueError:
         raise ConfigError(f"{where}{name} = {value!r}: {_wanted(key)}") from None
+    settings[key] = _Found(converted * factor if factor != 1 else converted, where)
 
 
 def _hint(name: str, known: Mapping[str, str]) -> str:
@@ -447,14 +453,20 @@ def _size_meant(key: str, value: Any) -> str:
 
 def _check_fields(config: LayoutConfig | RuntimeConfig) -> None:
     for item in fields(config):
-        value = getattr(config, item.name)
-        if value in item.metadata["rule"].later:
-            raise ConfigError(
-                f"{item.name} = {value!r}: replication comes with a later version; here it {_wanted(item.name)}"
-            )
-        if not _acceptable(value, _type_of(item.name), item.metadata["rule"]):
-            hint = _size_meant(item.name, value)
-            raise ConfigError(f"{item.name} = {value!r}: {_wanted(item.name)}{hint}")
+        _check(item.name, getattr(config, item.name))
+
+
+def _check(key: str, value: Any, where: str = "") -> None:
+    """Raises ConfigError for what this key cannot be."""
+    if value in RULES[key].later:
+        raise ConfigError(f"{where}{key} = {value!r}: replication comes with a later version; here it {_wanted(key)}")
+    if not _acceptable(value, _type_of(key), RULES[key]):
+        raise ConfigError(f"{where}{key} = {value!r}: {_wanted(key)}{_size_meant(key, value)}")
+    if key == "message_delay_level":
+        try:
+            parse_delay_levels(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{key} = {value!r}: {error}") from None
 
 
 def _acceptable(value: Any, kind: type, rule: Rule) -> bool:

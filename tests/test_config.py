@@ -157,6 +157,32 @@ def test_a_misspelt_variable_is_refused_with_what_was_meant(name: str, hint: str
         load(environment={name: "1"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("ring_bytes", "3 MiB", "ring_bytes = 3145728: must be an integer, 65536 to "),
+        ("flushDiskType", "SYNC", "flush_disk_type = 'SYNC': must be ASYNC_FLUSH or SYNC_FLUSH"),
+        ("disk_full_watermark", "much", "disk_full_watermark = 'much': must be a number, "),
+        ("message_delay_level", "1s soon", "message_delay_level = '1s soon': delay 'soon': "),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_variable_or_the_file_that_has_it(
+    tmp_path: Path, name: str, value: str, told: str
+) -> None:
+    variable = f"SHMBROKER_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"^{variable}: {re.escape(told)}"):
+        load(environment={variable: value})
+    write(tmp_path, f"{name} = {value!r}")
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/broker.toml: {re.escape(told)}"):
+        load(tmp_path, environment={})
+
+
+def test_a_wrong_value_that_another_place_overrules_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "ring_bytes = 3")
+    environment = {"SHMBROKER_RING_BYTES": "1 MiB"}
+    assert load(tmp_path, environment=environment).layout.ring_bytes == config.MIB
+
+
 @pytest.mark.parametrize("name", ["FLUSHDISKTYPE", "flushDiskType", "flush_disk_type", "FLUSH_DISK_TYPE"])
 def test_a_variable_may_be_spelt_as_people_know_it(name: str) -> None:
     assert load(environment={f"SHMBROKER_{name}": "SYNC_FLUSH"}).sync_flush
