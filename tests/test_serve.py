@@ -102,6 +102,22 @@ def test_a_second_serve_leaves_with_the_code_and_the_name_of_the_first(place: Pa
     stop(server)
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("serve", "--bogus"), Exit.USAGE),
+        (("serve", "--config", "nowhere.toml"), Exit.USAGE),
+        (("worker", "boss"), Exit.USAGE),
+        (("worker", "flusher"), Exit.NO_BROKER),
+        (("--bogus", "serve"), ExitCode.USAGE),
+    ],
+)
+def test_serve_and_worker_refuse_what_cannot_work_with_the_codes_of_workers(
+    tmp_path: Path, words: tuple[str, ...], code: int
+) -> None:
+    assert shmbroker(tmp_path / "none", *words).returncode == code
+
+
 @pytest.mark.crash
 def test_status_says_that_nobody_restarts_a_served_broker_whose_supervisor_was_killed(place: Path) -> None:
     server = serve(place)

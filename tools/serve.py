@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -20,8 +20,28 @@ from shmbroker.tools.session import Failure, Session, common_options, pass_sessi
 
 ROLES: Final = ("supervisor", "flusher", "dispatcher", "janitor", "scheduler")
 
+_CODES: Final[dict[int, int]] = {ExitCode.USAGE: os.EX_USAGE, ExitCode.NOT_SERVED: os.EX_UNAVAILABLE}
 
-@click.command()
+
+class _BecomesWorker(click.Command):
+    """Leaves as a worker does (workers/common.py), also while it is none yet: process managers read these codes."""
+
+    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **extra)
+        except click.UsageError as error:
+            error.show()
+            raise click.exceptions.Exit(os.EX_USAGE) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Failure as failure:
+            failure.code = _CODES.get(failure.code, failure.code)
+            raise
+
+
+@click.command(cls=_BecomesWorker)
 @common_options
 @click.option(
     "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"Instead of its {FILE_NAME}."
@@ -40,7 +60,7 @@ def serve(session: Session, config: Path | None) -> None:
     _become("supervisor", session.paths.directory, config)
 
 
-@click.command()
+@click.command(cls=_BecomesWorker)
 @common_options
 @click.argument("role", type=click.Choice(ROLES))
 @click.option(
