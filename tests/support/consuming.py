@@ -25,9 +25,13 @@ CONSUMER: Final = """
 
 
 def send(broker: Broker, *bodies: bytes, tags: str | None = None, queue_id: int | None = 0) -> None:
+    send_to(broker, "orders", *bodies, tags=tags, queue_id=queue_id)
+
+
+def send_to(broker: Broker, topic: str, *bodies: bytes, tags: str | None = None, queue_id: int | None = 0) -> None:
     with broker.producer("test") as producer:
         for start in range(0, len(bodies), 100):
-            batch = [Message("orders", body, tags=tags) for body in bodies[start : start + 100]]
+            batch = [Message(topic, body, tags=tags) for body in bodies[start : start + 100]]
             producer.send_batch(batch, queue_id=queue_id)
 
 

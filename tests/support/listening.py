@@ -93,9 +93,9 @@ class Gate:
         self._open.release(count)
 
 
-def done_with(broker: Broker, group: str = "audit") -> int:
+def done_with(broker: Broker, group: str = "audit", topic: str = "orders") -> int:
     """How many messages of the topic the group is done with."""
-    tables = [table for table in broker.region.progress() if table["group"] == group and table["topic"] == "orders"]
+    tables = [table for table in broker.region.progress() if table["group"] == group and table["topic"] == topic]
     acked = sum(table["base"] + sum(count for _, count in table["acked"]) for table in tables)
     return int(acked - sum(len(table["overflow"]) for table in tables))
 
