@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.consuming import ALL, bodies_of, numbered, send
-from support.listening import LATER, PUSHER, SUCCESS, Gate, Heard, done_with, held
-from support.processes import SMALL, Child
+from support.consuming import ALL, numbered, send
+from support.listening import LATER, SUCCESS, Gate, Heard, done_with, held
 from support.waiting import wait_until
 
-import shmbroker
 from shmbroker import ConsumeContext, ReceivedMessage, RetryPolicy
 from shmbroker.broker import Broker
 
@@ -181,28 +177,3 @@ def test_consume_timeout_counts_as_a_delivery_until_the_dead_letters(broker: Bro
         wait_until(lambda: consumer.late == 3, "all late answers refused")
     assert heard.attempts == [(b"slow", n) for n in (1, 2, 3)]
     assert dead.body == b"slow"
-
-
-@pytest.mark.crash
-@pytest.mark.slow
-def test_a_message_that_kills_its_process_is_a_dead_letter_after_exactly_17_deliveries(directory: Path) -> None:
-    with shmbroker.open(directory, **SMALL) as broker:
-        send(broker, *numbered(5), b"poison", *numbered(5, 5))
-        begun: list[tuple[str, int]] = []
-        for _ in range(17):
-            with Child(PUSHER, directory, '{"consume_thread_max": 4}') as victim:
-                while line := victim.read_line():
-                    word, *rest = line.split()
-                    if word == "began":
-                        begun.append((rest[0], int(rest[1])))
-                assert victim.wait() == -signal.SIGKILL
-        heard = Heard()
-        with broker.push_consumer("audit", heard, ALL):
-            (dead,) = dead_letters(broker, 1)
-            wait_until(lambda: done_with(broker) == 11, "everything done with")
-        assert [attempt for body, attempt in begun if body == "poison"] == list(range(1, 18))
-        assert dead.body == b"poison"
-        assert b"poison" not in heard.bodies
-        assert {int(body) for body, _ in begun if body != "poison"} | set(map(int, heard.bodies)) == set(range(10))
-        assert max((attempt for _, attempt in heard.attempts), default=1) <= 2
-        assert bodies_of([dead]) == [b"poison"]

@@ -100,6 +100,14 @@ def done_with(broker: Broker, group: str = "audit", topic: str = "orders") -> in
     return int(acked - sum(len(table["overflow"]) for table in tables))
 
 
+def all_done(broker: Broker, group: str, topic: str, count: int) -> bool:
+    """Whether the group is done with ``count`` messages of the topic, and with all retries of them."""
+    retries = f"%RETRY%{group}"
+    done = done_with(broker, group, topic), done_with(broker, group, retries)  # before the look at how many there are
+    moved = [queue["next_offset"] for known in broker.topics() if known["name"] == retries for queue in known["queues"]]
+    return done == (count, sum(moved))
+
+
 def held(broker: Broker) -> int:
     return sum(int(table["held"]) for table in broker.region.progress())
 

@@ -98,6 +98,29 @@ class History:
                 if word == "began":
                     last[int(pid), int(thread)] = body
         ends: dict[int, set[str]] = defaultdict(set)
-        for (pid, _), body in last.items():
-            ends[pid].add(body)
+        for (process, _), body in last.items():
+            ends[process].add(body)
         return cls(begun, answered, ends)
+
+
+def judge(history: History, bodies: list[bytes], dead: dict[str, int], *, charged: int, killed: int = 0) -> int:
+    """Compare every delivery with the script. Returns how many were charged to messages that did not run at the kill.
+
+    ``dead``: body to the deliveries of its dead letter; ``killed``: the pid of a consumer that was, which may have
+    charged one more delivery to ``charged`` messages at most.
+    """
+    repeated = set()
+    for body in map(bytes.decode, bodies):
+        deliveries, ends_dead = KINDS[kind_of(body)]
+        spent = kind_of(body) == "fail"  # its deliveries end where the policy ends, whoever is killed
+        attempts = history.begun[body]
+        last = attempts[-1]
+        assert attempts == sorted(set(attempts)), f"{body}: no attempt twice, each higher than the last: {attempts}"
+        assert last - len(attempts) in (0, 1), f"{body}: charged for deliveries that nobody saw: {attempts}"
+        assert deliveries - spent <= last <= deliveries + (not spent), f"{body}: {attempts}"
+        if last > deliveries or len(history.answered[body]) < last:
+            repeated.add(body)
+        assert (body in dead) == ends_dead, body
+        assert dead.get(body, 0) == ends_dead * (deliveries if spent else last), body
+    assert len(repeated) <= charged, repeated
+    return len(repeated - history.last.get(killed, set()))
