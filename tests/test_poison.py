@@ -83,7 +83,7 @@ def test_each_of_a_hundred_poisons_is_a_dead_letter_after_exactly_17_deliveries_
     for body, attempts in seen.items():
         assert attempts == sorted(set(attempts)), (body, attempts)
         if body.startswith(b"innocent"):
-            assert attempts[-1] <= 2, f"{body}: charged more than once for another's kill"
+            assert attempts[-1] <= 2, f"{body!r}: charged more than once for another's kill"
         elif threads == 1:
             assert attempts == list(range(1, DELIVERIES + 1)), body
         else:  # struck once by another before its own listener ran; from then on it runs alone
