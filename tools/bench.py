@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 import shmbroker
-from shmbroker.tools import bench_delivery, bench_figures, bench_lifecycle, console
+from shmbroker.tools import bench_delivery, bench_figures, bench_lifecycle, bench_timers, console
 from shmbroker.tools.bench_figures import Bench, Results
 from shmbroker.tools.bench_floors import Floors, NoCompiler
 from shmbroker.tools.bench_processes import Failed
@@ -36,7 +36,12 @@ FIGURES: dict[str, Callable[[Bench], Results]] = {
     "start": bench_lifecycle.start,
     "restart": bench_lifecycle.restart,
     "memory": bench_lifecycle.memory,
-    "timers": bench_delivery.timers,
+    "push": bench_delivery.push,
+    "receive-ack": bench_delivery.receive_and_ack,
+    "lag": bench_delivery.lag,
+    "many": bench_delivery.many,
+    "idle": bench_delivery.idle,
+    "timers": bench_timers.timers,
 }
 
 

@@ -1,74 +1,190 @@
-"""Figures of delivery: delayed messages, a great many of them pending."""
+"""Figures of delivery: push consumers, receive and ack, a consumer that lags, a broker with much in it, an idle one."""
 
 from __future__ import annotations
 
-import struct
+import os
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Final
 
-import psutil
-
-import shmbroker
 from shmbroker import Message
+from shmbroker.naming import BrokerPaths
+from shmbroker.tools import bench_consumers as consumers
 from shmbroker.tools import bench_processes as processes
 from shmbroker.tools import inside
-from shmbroker.tools.bench_figures import MIB, Bench, Results, wait_until
-from shmbroker.tools.bench_report import Figure, Target, percentile
+from shmbroker.tools.bench_figures import MIB, RING_BYTES, Bench, Results, wait_until
+from shmbroker.tools.bench_floors import record_bytes
+from shmbroker.tools.bench_report import Figure, Target, alternate
 
-FAR_SECONDS: Final = 7 * 86_400.0
-LEAD_SECONDS: Final = 3.0  # behind the last send, so that sending is over when the first is due
-SENDS_PER_SECOND: Final = 50_000  # at least: how long the sends may take
-GIVE_UP_SECONDS: Final = 60.0
-_DUE: Final = struct.Struct("<d92x")
+GIB: Final = 1 << 30
+RECEIVE_BATCH: Final = 32
+PACE: Final = 100_000  # messages a second, of all producers beside a lagging consumer
+PRODUCERS: Final = 2
+SLEEPERS: Final = 50
+TOPICS_OF_MANY: Final = 100
+QUEUES_OF_EACH: Final = 10
 
 
-def timers(bench: Bench) -> Results:
-    """How late delayed messages come, end to end, while many more are pending, and what those cost in memory."""
-    pending, due = (50_000, 20_000) if bench.quick else (1_000_000, 100_000)
-    with bench.broker() as (broker, _, region):
-        wait_until(lambda: region.get("timers_kept") > 0, "the scheduler at work")
-        scheduler = psutil.Process(inside.worker_pids(region)["scheduler"])
-        empty = scheduler.memory_full_info().uss
-        send_due(broker, pending, time.time_ns() / 1e9 + FAR_SECONDS, FAR_SECONDS)
-        wait_until(lambda: broker.status()["timers"]["pending"] == pending, "all of them in the index", 300.0)
-        grown = max(0, scheduler.memory_full_info().uss - empty)
-        name = f"scheduler's memory for {pending:,} pending timers"
-        yield Figure(name, grown, "B", target=Target(at_most=256 * MIB))
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Messages per second, and processor seconds that one took its consumer."""
 
-        late = lateness(broker, due, 1.0)
-        name = f"lateness of {due:,} messages due evenly over one second"
-        yield Figure(f"{name}, p50", percentile(late, 0.5), "s")
-        yield Figure(f"{name}, p99", percentile(late, 0.99), "s", target=Target(at_most=0.05))
+    rate: float
+    processor: float
 
-        late = lateness(broker, due, 0.0)
-        yield Figure(f"lateness of the last of {due:,} messages due at once", late[-1], "s", target=Target(at_most=1.2))
 
-        late = sorted(late for _ in range(50) for late in lateness(broker, 1, 0.0, lead=0.05))
-        yield Figure(
-            "lateness of one message on an idle broker, p99", percentile(late, 0.99), "s", target=Target(at_most=0.01)
+def push(bench: Bench) -> Results:
+    """Push consumers as they come, 20 threads each, with an empty listener; a producer keeps messages waiting."""
+    count = 400_000 if bench.quick else 2_000_000
+    for fleet, least in ((1, 300_000), (4, 400_000)):
+
+        def figure(fleet: int = fleet) -> Pushed:
+            with bench.broker() as (_, directory, _):
+                work: list[processes.Work] = [(consumers.feed, (directory, count, 100))]
+                work += [(consumers.push, (directory, count))] * fleet
+                seconds, *processor = processes.run_fleet(work, seconds=120)
+                return Pushed(count / seconds, sum(processor) / count)
+
+        bare, measured = alternate(
+            bench.repeats, lambda: bench.floors.append(100, 100, count=count, ring_bytes=RING_BYTES), figure
         )
+        name = f"push consumer, 100 B, empty listener, {fleet} process{'es' if fleet > 1 else ''}"
+        note = f"{measured.processor * 1e9:.0f} ns of processor time each"
+        yield Figure(name, measured.rate, "1/s", bare, "bare append", Target(at_least=least), note)
 
 
-def send_due(broker: shmbroker.Broker, count: int, first: float, spread: float) -> None:
-    """Delayed messages, due evenly over ``spread`` seconds from ``first`` (since 1970); each says when in its body."""
-    with broker.producer(processes.GROUP) as producer:
-        for number in range(count):
-            at = first + spread * number / count
-            producer.send(Message(processes.TOPIC, _DUE.pack(at), deliver_at=at))
+def receive_and_ack(bench: Bench) -> Results:
+    """One process takes what is in the ring, 32 at a time, and acknowledges it."""
+    count = RING_BYTES // 2 // record_bytes(100) // 100 * 100
+    batch = processes.messages(100, 100)
+    with (
+        bench.broker(ring_bytes=RING_BYTES) as (broker, _, region),
+        broker.producer(processes.GROUP) as producer,
+        broker.simple_consumer(processes.GROUP, {processes.TOPIC: "*"}) as consumer,
+    ):
+
+        def figure() -> float:
+            for _ in range(count // len(batch)):
+                producer.send_batch(batch)
+            wait_until(lambda: inside.drained(region), "the workers at rest")
+            receive, ack = consumer.receive, consumer.ack
+            left = count
+            begin = time.perf_counter()
+            while left:
+                received = receive(RECEIVE_BATCH)
+                ack(received)
+                left -= len(received)
+            return count / (time.perf_counter() - begin)
+
+        def floor() -> float:
+            return bench.floors.append(100, RECEIVE_BATCH, count=count, ring_bytes=RING_BYTES)
+
+        figure()  # the paths are warm
+        bare, measured = alternate(2 * bench.repeats, floor, figure)
+    name = f"receive and ack of {RECEIVE_BATCH}, 100 B, in the ring"
+    yield Figure(name, measured, "1/s", bare, "bare append", Target(at_least=1_000_000))
 
 
-def lateness(broker: shmbroker.Broker, count: int, spread: float, lead: float = LEAD_SECONDS) -> list[float]:
-    """Seconds between due and received of messages that are due evenly over ``spread`` seconds, sorted."""
-    first = time.time_ns() / 1e9 + lead + count / SENDS_PER_SECOND
-    send_due(broker, count, first, spread)
-    late: list[float] = []
-    deadline = first + spread + GIVE_UP_SECONDS
-    with broker.simple_consumer(processes.GROUP, {processes.TOPIC: "*"}) as consumer:
-        while len(late) < count:
-            received = consumer.receive(256, wait=1.0)
-            now = time.time_ns() / 1e9
-            if now > deadline:
-                raise processes.Failed(f"{count - len(late):,} of {count:,} delayed messages have not come")
-            late += [now - _DUE.unpack(message.body)[0] for message in received]
-            consumer.ack(received)
-    return sorted(late)
+def lag(bench: Bench) -> Results:
+    """A consumer that is 5 GiB behind, nothing of them in memory, beside producers who keep a pace."""
+    log_bytes = GIB if bench.quick else 5 * GIB
+    count = log_bytes // record_bytes(1024) // 100 * 100
+    with bench.broker() as (broker, directory, region):
+        broker.create_group(processes.GROUP)
+        batch = processes.messages(100, 1024)
+        with broker.producer(processes.GROUP) as producer:
+            for _ in range(count // len(batch)):
+                producer.send_batch(batch, timeout=60.0)
+        wait_until(lambda: inside.drained(region), "the last flush", 120)
+        forget(directory)
+        bare = read_bare(BrokerPaths(directory).log)
+        forget(directory)
+        beside = (consumers.send_beside, (directory, PACE // PRODUCERS, 1024, count))
+        lagging = (consumers.receive_lagging, (directory, count, RECEIVE_BATCH))
+        (seconds, processor, from_disk), *rates = processes.run_fleet([lagging, *[beside] * PRODUCERS], seconds=300)
+    name = f"a consumer {log_bytes // GIB} GiB behind, 1 KiB, from the disk"
+    note = f"{processor / count * 1e9:.0f} ns of processor time each; {from_disk / log_bytes:.0%} came from the disk"
+    rate = count * 1024 / seconds
+    yield Figure(name, rate, "B/s", bare, "cold 1 MiB reads", Target(at_least=400 * MIB), note)
+    name = f"{PRODUCERS} producers beside it, paced at {PACE:,} x 1 KiB/s"
+    yield Figure(name, sum(rates), "1/s", PACE, "the pace", Target(at_least=0.99, of_floor=True))
+
+
+def forget(directory: Path) -> None:
+    """Have the kernel drop what it caches of a broker's files."""
+    for path in (path for path in directory.rglob("*") if path.is_file()):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def read_bare(log: Path, most: int = GIB) -> float:
+    """Bytes per second of one reader who takes a megabyte after the other of a log."""
+    buffer, total = bytearray(MIB), 0
+    begin = time.perf_counter()
+    for path in sorted(log.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while total < most and (read := file.readinto(buffer)):
+                total += read
+    return total / (time.perf_counter() - begin)
+
+
+def many(bench: Bench) -> Results:
+    """Sends into 1,000 queues of 100 topics with a group each, beside sends into one queue of one group."""
+    with ExitStack() as stack:
+        one = _sends(stack, bench, topics=1, queues=1)
+        thousand = _sends(stack, bench, topics=TOPICS_OF_MANY, queues=QUEUES_OF_EACH)
+        burst = RING_BYTES // 4 // record_bytes(100)
+        for name, count in (("burst", burst), ("sustained", 500_000 if bench.quick else 1_000_000)):
+            bare, measured = alternate(2 * bench.repeats, partial(one, count), partial(thousand, count))
+            yield Figure(
+                f"send, 100 B, {TOPICS_OF_MANY * QUEUES_OF_EACH:,} queues and {TOPICS_OF_MANY} groups, {name}",
+                measured, "1/s", bare, "one of each", Target(at_least=0.8, of_floor=True),
+            )  # fmt: skip
+
+
+def _sends(stack: ExitStack, bench: Bench, *, topics: int, queues: int) -> Callable[[int], float]:
+    """A broker with so many topics and a group for each; what sends to all of them in turn, and how many a second."""
+    layout = {"ring_bytes": RING_BYTES, "max_queues": 2048, "claim_tables": 2048}
+    broker, _, region = stack.enter_context(bench.broker(**layout))
+    for number in range(topics):
+        broker.create_topic(f"topic-{number}", queues)
+        stack.enter_context(broker.simple_consumer(f"group-{number}", {f"topic-{number}": "*"}))
+    producer = stack.enter_context(broker.producer(processes.GROUP))
+    pool = [Message(f"topic-{number % topics}", number.to_bytes(100, "little")) for number in range(1000)]
+
+    def sends(count: int) -> float:
+        wait_until(lambda: inside.drained(region), "an empty ring")
+        send = producer.send
+        begin = time.perf_counter()
+        for _ in range(count // len(pool)):
+            for message in pool:
+                send(message)
+        return count // len(pool) * len(pool) / (time.perf_counter() - begin)
+
+    sends(10 * len(pool))  # the paths are warm
+    return sends
+
+
+def idle(bench: Bench) -> Results:
+    """Processor time of a broker, and of 50 processes that wait for its messages."""
+    seconds = 5.0 if bench.quick else 20.0
+    with bench.broker() as (_, directory, _):
+        work: list[processes.Work] = [(consumers.watch_workers, (directory, seconds))]
+        work += [(consumers.sleep_in_receive, (directory, seconds))] * (SLEEPERS // 2)
+        work += [(consumers.sleep_in_push, (directory, seconds))] * (SLEEPERS // 2)
+        workers, *sleepers = processes.run_fleet(work, seconds=seconds + 60)
+    asleep = f"idle, {SLEEPERS} sleeping consumers: processor time per second"
+    note = ", ".join(f"{role} {used / seconds * 1e3:.1f} ms" for role, used in workers.items())
+    used = sum(workers.values()) / seconds
+    yield Figure(f"{asleep}, the workers", used, "s", target=Target(at_most=0.01), note=note)
+    used = sum(sleepers) / seconds
+    note = f"half of them push consumers, of {sum(sleepers[SLEEPERS // 2 :]) / seconds * 1e3:.1f} ms"
+    yield Figure(f"{asleep}, the consumers", used, "s", note=note)

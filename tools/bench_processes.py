@@ -29,11 +29,14 @@ class Role(Protocol):
     def __call__(self, gate: Callable[[], None], *arguments: Any) -> Any: ...
 
 
+Work = tuple[Role, tuple[Any, ...]]  # of one process: its role and the arguments behind the gate
+
+
 class Failed(Exception):
     """A process of the fleet did not answer."""
 
 
-def run_fleet(work: Sequence[tuple[Role, tuple[Any, ...]]], *, seconds: float) -> list[Any]:
+def run_fleet(work: Sequence[Work], *, seconds: float) -> list[Any]:
     """Run one process for each (role, arguments) and return their answers in that order.
 
     Raises Failed if one of them fails or takes longer than ``seconds`` after all were ready. No process is left behind.
