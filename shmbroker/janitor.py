@@ -39,8 +39,9 @@ class Janitor:
         self._region = region
         self._log = log
         self._kill_stopped_holder = kill_stopped_holder
-        self._poll = select.poll()
+        self._deaths = select.epoll()  # what a look costs does not depend on how many live
         self._watched: dict[int, _Watched] = {}  # by pidfd
+        self._states = b""  # of the client slots when all of them were watched; empty: one is to be looked at again
         self._turn = 0
         self._holder = 0  # thread id seen holding the append lock, since when, and whether it was reported
         self._holder_since = 0.0
@@ -53,7 +54,7 @@ class Janitor:
         self._turn = (self._turn + 1) % 2**32
         self._look_at_lock_holder()
         pause = TICK_SECONDS if next_deadline_ns < 0 else min(TICK_SECONDS, next_deadline_ns / 1e9)
-        for pidfd, _ in self._poll.poll(pause * 1000):
+        for pidfd, _ in self._deaths.poll(pause):
             self._reap(pidfd)
 
     def close(self) -> None:
@@ -61,8 +62,15 @@ class Janitor:
         for pidfd in self._watched:
             os.close(pidfd)
         self._watched.clear()
+        self._deaths.close()
 
     def _watch_new_clients(self) -> None:
+        states = self._region.client_states()
+        if states != self._states:  # else there is nobody new: fifty clients are not to cost anything while they sleep
+            self._states = states if self._watch_all() else b""
+
+    def _watch_all(self) -> bool:
+        """Watch each live client, and take back what the dead have left. False: some slot is to be looked at again."""
         known = {(client.slot, client.generation) for client in self._watched.values()}
         alive = set()
         for entry in self._region.clients():
@@ -79,9 +87,10 @@ class Janitor:
                 self._take_back(client)
                 continue
             self._watched[pidfd] = client
-            self._poll.register(pidfd, select.POLLIN)
+            self._deaths.register(pidfd, select.EPOLLIN)
         for pidfd in [fd for fd, client in self._watched.items() if (client.slot, client.generation) not in alive]:
             self._forget(pidfd)  # it closed its handle and lives on
+        return alive == {(client.slot, client.generation) for client in self._watched.values()}
 
     def _reap(self, pidfd: int) -> None:
         self._take_back(self._forget(pidfd))
@@ -93,7 +102,7 @@ class Janitor:
         self._log.info("process %d (%s) has died: %d claims released", client.pid, client.name, released)
 
     def _forget(self, pidfd: int) -> _Watched:
-        self._poll.unregister(pidfd)
+        self._deaths.unregister(pidfd)
         os.close(pidfd)
         return self._watched.pop(pidfd)
 

@@ -338,6 +338,11 @@ def living_clients(region: Region) -> list[dict[str, Any]]:
     return [client for client in region.clients() if is_living(client)]
 
 
+def has_living_clients(region: Region) -> bool:
+    """Whether there are any; as a rule the first that is looked at lives."""
+    return any(map(is_living, region.clients()))
+
+
 def is_living(entry: Mapping[str, Any]) -> bool:
     """Of a client or a worker of ``region``. A client that is just joining has no start ticks yet."""
     if entry.get("live", True):

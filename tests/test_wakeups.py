@@ -2,7 +2,7 @@
 
 The promise is 50 ms. A machine that is busy with other things may take longer than that over anything, so each case
 has five tries, of which two have to keep to it. That is enough to tell: the message is sent as soon as the member
-sleeps, and without the janitor's backstop it would sleep for its whole slice of 100 ms, in every try.
+sleeps, and without the janitor's backstop it would sleep for its whole slice of 500 ms, in every try.
 """
 
 from __future__ import annotations

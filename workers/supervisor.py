@@ -111,7 +111,7 @@ class Supervisor:
             if (vanished := footing.vanished()) is not None:  # first: nobody is to be started where nothing is left
                 return vanished
             fleet.restart_dead()
-            if not self._embedded or memory.living_clients(region):
+            if not self._embedded or memory.has_living_clients(region):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen >= grace and _nobody_comes(region):
                 break
@@ -148,7 +148,7 @@ def _settled(footing: Footing) -> Vanished:
 def _nobody_comes(region: Region) -> bool:
     """Refuse senders, then count again: a client that attached at the last moment is served on."""
     region.set("state", memory.STATE_DRAINING)
-    if memory.living_clients(region):
+    if memory.has_living_clients(region):
         region.set("state", memory.STATE_RUNNING)
         return False
     return True

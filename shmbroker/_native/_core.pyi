@@ -343,6 +343,8 @@ class Region:
     # janitor
     def clients(self) -> list[dict[str, Any]]:
         """Each live slot: slot, generation, pid, start_ticks, name, sends, receives, acks, attached_ns."""
+    def client_states(self) -> bytes:
+        """The state words of all client slots: other bytes than before if anybody has come or gone."""
     def reap(self, slot: int, generation: int) -> int:
         """Take back all that a dead client held: claims, waiters, locks; free the slot. Returns claims released."""
     def janitor_pass(self, now_ns: int, turn: int = 0) -> tuple[int, int]:

@@ -152,7 +152,7 @@ cdef class ConsumerCore(_Member):
                 self.wake_next(r)
             if out or self.called_off or sb_now_ns() >= deadline_ns:
                 return out
-            if code == SB_INTERRUPTED:
+            if code != SB_OK:  # nobody has posted: a signal interrupts the sleep, or has come just before it
                 check_signals()
 
     cdef uint32_t topic_slots(self, uint32_t *slots) noexcept:

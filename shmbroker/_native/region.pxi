@@ -624,6 +624,14 @@ cdef class Region:
             })
         return result
 
+    def client_states(self):
+        cdef sb_region *r = self.open()
+        cdef uint32_t i
+        cdef bytes states = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(r.limits.clients * sizeof(uint64_t)))
+        for i in range(r.limits.clients):
+            (<uint64_t *>PyBytes_AS_STRING(states))[i] = sb_load(&sb_client_at(r, i).state)
+        return states
+
     def reap(self, uint32_t slot, uint32_t generation):
         cdef uint32_t released = 0
         cdef sb_region *r = self.open()

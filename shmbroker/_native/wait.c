@@ -9,8 +9,9 @@
 
 #include "failpoint.h"
 
-#define SLICE_NS 100000000ll     /* no sleep is longer: the predicate is the truth, the semaphore a hint */
-#define UNTAKEN_NS 5000000ll     /* a post not taken for so long is made again (R6) */
+#define SLICE_NS 100000000ll         /* no sleep is longer: the predicate is the truth, the semaphore a hint */
+#define MESSAGE_SLICE_NS 500000000ll /* the same of a consumer without messages: whatever concerns it posts it, so it may sleep */
+#define UNTAKEN_NS 5000000ll         /* a post not taken for so long is made again (R6) */
 #define GROUPS_PER_WAKE 64u
 
 static uint32_t wait_of(uint32_t state) { return state & 0xffu; }
@@ -235,7 +236,7 @@ void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const ui
 
 int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns)
 {
-    int64_t slice = sb_now_ns() + SLICE_NS;
+    int64_t slice = sb_now_ns() + MESSAGE_SLICE_NS;
     int code = sb_semaphore_wait(&sb_waiter_at(r, slot)->wake, slice < deadline_ns ? slice : deadline_ns);
     if (code == SB_OK) {
         SB_FAILPOINT(wait_woken); /* the one wake-up of the group is taken: the janitor wakes another member */

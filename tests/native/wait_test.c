@@ -1,5 +1,5 @@
 /* wait_test.c: sleeping and waking. No wake-up is lost in any order of store, flag and post (R6); whoever is killed
- * between two steps is made good by the janitor's backstop. A sleeper looks again every 100 ms by itself, so a lost
+ * between two steps is made good by the janitor's backstop. A sleeper looks again by itself after a while, so a lost
  * wake-up shows as a wait that ended although nobody had posted it; how long anything took is never judged. */
 #include <pthread.h>
 #include <sched.h>
