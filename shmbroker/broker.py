@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,6 +26,7 @@ from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.dead_letters import DeadLetters
+    from shmbroker.group_reset import QueueReset
     from shmbroker.producer import Producer
     from shmbroker.push_consumer import Listener, PushConsumer
     from shmbroker.selector import Sql
@@ -233,6 +235,30 @@ class Broker(Handle):
     def set_retry(self, group: str, retry: RetryPolicy | None) -> None:
         """How failed messages of the group are tried again from now on; None: by default. Raises GroupNotExist."""
         self.region.set_retry(check_group(group), (retry or DEFAULT_POLICY).encode().encode())
+
+    def reset_group(
+        self,
+        group: str,
+        *,
+        to_time: float | datetime | None = None,
+        to_offset: int | None = None,
+        skip: bool = False,
+        topic: str | None = None,
+        queue_id: int | None = None,
+    ) -> list[QueueReset]:
+        """Set where the group goes on, in all that it consumes, or in one topic or queue; one of the three says where.
+
+        ``to_time`` (seconds since 1970, or a datetime): with what was sent from then on; ``to_offset``: of one queue;
+        ``skip``: behind all that there is, retries included. Live members go on from there at once; what they have in
+        hand of these queues is theirs no more. Raises GroupNotExist, TopicNotExist, QueueNotExist, BadRequest,
+        LimitReached (no free claim table), Retryable, NeedsOperator.
+        """
+        from shmbroker import group_reset
+
+        return group_reset.reset_group(
+            self.region, self.files, check_group(group),
+            to_time=to_time, to_offset=to_offset, skip=skip, topic=topic, queue_id=queue_id,
+        )  # fmt: skip
 
     def delete_group(self, name: str) -> None:
         """Delete a consumer group, its progress and its retries; it keeps no log any more. Its dead letters stay.

@@ -25,6 +25,7 @@ from shmbroker.errors import (
 from shmbroker.failpoint import failpoint
 from shmbroker.handle import Handle
 from shmbroker.naming import check_group
+from shmbroker.queue_time import BEHIND_THE_LAST, ConsumeFrom, QueueTimes, check_consume_from
 from shmbroker.record import RecordKind
 from shmbroker.selector import Sql
 from shmbroker.send_back import SendBack
@@ -64,10 +65,11 @@ class SimpleConsumer(Handle, ConsumerCore):
     ``subscriptions``: topic to tag expression, ``"*"`` or ``"paid || refunded"``, or to ``shmbroker.sql("amount >
     100")``; all members of a group have the same. ``spin``: burn a core instead of sleeping while there is nothing to
     receive. ``consume_from``: where a group that has never consumed a queue begins, at the ``"first"`` message the log
-    has or behind the ``"last"``. ``ack``: whether an acknowledgement is done when it stands in ``"memory"``, which
-    survives every process, or ``"durable"``. ``attempts``: the same for the count of deliveries, before ``receive``
-    returns the messages: ``"durable"`` never forgets a delivery, whatever is lost; in ``"memory"`` a power cut may take
-    back those of the last second.
+    has, behind the ``"last"``, or with what was sent at an instant (seconds since 1970, or a datetime) or later.
+    ``ack``: whether an acknowledgement is done when it stands in ``"memory"``, which survives every process, or
+    ``"durable"``. ``attempts``: the same for the count of deliveries, before ``receive`` returns the messages:
+    ``"durable"`` never forgets a delivery, whatever is lost; in ``"memory"`` a power cut may take back those of the
+    last second.
 
     Raises SubscriptionConflict, TopicNotExist (auto_create_topics is off), NoPermission, LimitReached, BadRequest.
     """
@@ -79,27 +81,27 @@ class SimpleConsumer(Handle, ConsumerCore):
         subscriptions: Mapping[str, str | Sql],
         *,
         spin: bool = False,
-        consume_from: str = "first",
+        consume_from: ConsumeFrom = "first",
         ack: str = "memory",
         attempts: str = "memory",
     ) -> None:
         for name, value in (("ack", ack), ("attempts", attempts)):
             if value not in ("memory", "durable"):
                 raise BadRequest(f"{name} = {value!r}: must be 'memory' or 'durable'")
-        if consume_from not in ("first", "last"):
-            raise BadRequest(f"consume_from = {consume_from!r}: must be 'first' or 'last'")
+        begin = check_consume_from(consume_from)
         wanted = parse_subscriptions(subscriptions)
         client = home.attach()
         super().__init__(
             client,
             check_group(group),
             spin=spin,
-            from_last=consume_from == "last",
+            from_first=begin == "first",
             durable_acks=ack == "durable",
             attempts_within=_append_and_flush_seconds(home.config) if attempts == "durable" else 0.0,
         )
         self._home = home
         self._wanted = wanted
+        self._begin = begin
         self._send_back = SendBack(home, self)
         self._was_member = False
         self._closed = False
@@ -125,6 +127,19 @@ class SimpleConsumer(Handle, ConsumerCore):
         self._wanted = read_subscription(text)
         logger.info("group %s subscribes to %s now", self.group, text.decode())
         return encode_subscription(self._wanted)
+
+    def _start_offsets(self, topic_id: int, queues: int) -> list[int]:
+        if not isinstance(self._begin, int):
+            return [BEHIND_THE_LAST] * queues
+        region, born_ns = self._home.attach().region, self._begin
+        times = QueueTimes(region, self._home.files)
+        known = [queue for topic in region.topics() if topic["topic_id"] == topic_id for queue in topic["queues"]]
+        if len(known) < queues:  # deleted meanwhile: nobody consumes it
+            return [0] * queues
+        return [
+            times.first_since(topic_id, queue["queue_id"], queue["first_offset"], queue["next_offset"], born_ns)
+            for queue in known[:queues]
+        ]
 
     def _reattach(self) -> None:
         if self._home.attach_serving(self._home.config.runtime.send_timeout_ms / 1000) is not self.client:

@@ -327,7 +327,8 @@ class PushConsumer(Handle, PushCore):
     def _report_late(self, message: ReceivedMessage) -> None:
         self.late += 1
         logger.warning(
-            "group %s: the answer for %r is refused: its time was over, and it was or will be delivered again",
+            "group %s: the answer for %r is refused: its time was over, and it was or will be delivered again; or its "
+            "group was reset",
             self.group, message,
         )  # fmt: skip
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +13,10 @@ import pytest
 from support.command import shmbroker as command
 from support.command import shmbroker_json
 from support.consuming import ALL, asleep, bodies_of, send
-from support.processes import SMALL, Child, kill_all, stop_broker, wait_for_workers
+from support.processes import SMALL, Child, kill_all, stop_broker
 from support.running import lose_memory, running
-from support.served import SETTINGS, runs, served, start
-from support.waiting import DEADLINE, wait_until
+from support.served import SETTINGS, served, serving
+from support.waiting import wait_until
 
 import shmbroker
 from shmbroker.broker import Broker
@@ -99,19 +99,6 @@ def test_whoever_subscribes_differently_is_refused_from_then_on_with_and_without
         broker.simple_consumer("audit", ALL)
     broker.set_subscription("audit", ALL)
     broker.simple_consumer("audit", ALL).close()
-
-
-@contextmanager
-def serving(directory: Path) -> Iterator[None]:
-    """``shmbroker serve``, for clients that do not start a broker by themselves."""
-    server = start(directory, "serve")
-    try:
-        wait_for_workers(directory)
-        wait_until(lambda: runs(directory), "the broker runs")
-        yield
-    finally:
-        server.terminate()
-        server.wait(DEADLINE)
 
 
 @pytest.mark.crash

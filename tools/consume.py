@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from shmbroker.tools import expressions
+from shmbroker.tools.instants import beginning
 from shmbroker.tools.session import Session, common_options, pass_session
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ PROCESSES_MAX: Final = 256
 )
 @click.option(
     "--consume-from",
-    type=click.Choice(["first", "last"]),
+    type=beginning,
+    metavar="first|last|TIME",
     default="first",
     show_default=True,
-    help="Where a group begins that has never consumed.",
+    help="Where a group begins that has never consumed: also at 2026-11-21T10:00, or 2h (ago).",
 )
 @click.option(
     "--app-dir",
@@ -82,7 +84,7 @@ def consume(
     consume_timeout: float,
     max_renewals: int,
     await_termination: float,
-    consume_from: str,
+    consume_from: str | float,
     app_dir: Path,
 ) -> int:
     """Call a function with each message of a group, in several processes.

@@ -10,7 +10,7 @@ import click
 from shmbroker.delays import parse_delay
 from shmbroker.errors import GroupNotExist
 from shmbroker.retry import KINDS, RetryPolicy, parse_policy
-from shmbroker.tools import console, expressions
+from shmbroker.tools import console, expressions, group_offsets
 from shmbroker.tools.command_group import CommandGroup
 from shmbroker.tools.group_lag import brief, lags
 from shmbroker.tools.session import Session, common_options, pass_session
@@ -19,15 +19,19 @@ from shmbroker.tools.session import Session, common_options, pass_session
 @click.group(cls=CommandGroup)
 @common_options
 def group() -> None:
-    """Show consumer groups, their lag, and what they hold back; set how they subscribe and retry; delete them.
+    """Show consumer groups, their lag, and what they hold back; set how they subscribe and retry; reset, delete them.
 
     \b
     shmbroker group list
     shmbroker group show audit
     shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
     shmbroker group set-retry audit exponential --initial 1s --max 8
+    shmbroker group reset audit --to-time 2h
     shmbroker group delete oudit --yes
     """
+
+
+group.add_command(group_offsets.reset)
 
 
 @group.command(name="list")

@@ -335,6 +335,10 @@ class Region:
         """These bodies stand in the log: ``progress_records(only_changed=True)`` leaves them out until something changes."""
     def restore_progress(self, body: bytes) -> None:
         """Recovery only: merge one PROGRESS body into the claim tables (max base, OR of acks, max of attempts)."""
+    def reset_progress(self, group_id: int, topic_id: int, queue_id: int, offset: int) -> tuple[int | None, int]:
+        """The group consumes this queue anew from ``offset``, or the next one that the queue has: its base before (None: it
+        had none) and after. Receipts that are out are void. Raises GroupNotExist, QueueNotExist, LimitReached (no free claim
+        table), and what append_system raises."""
     def dedup_ids(self, newest: int) -> list[bytes]:
         """Bodies of IDS records: the ids of dedup keys among the ``newest`` remembered, oldest first."""
     def remember_id(self, incarnation: int, sequence: int, position: int, *, given: bool = False) -> None:
@@ -424,7 +428,7 @@ class ConsumerCore:
     durable_acks: bool
     durable_attempts: bool
     def __init__(
-        self, client: Client, group: str, *, spin: bool = False, from_last: bool = False, durable_acks: bool = False,
+        self, client: Client, group: str, *, spin: bool = False, from_first: bool = True, durable_acks: bool = False,
         attempts_within: float = 0.0,
     ) -> None:
         """``attempts_within``: seconds that it may take to write attempts to the disk before messages are handed over;
@@ -451,6 +455,7 @@ class ConsumerCore:
     def _bind(self, client: Client, filters: Mapping[str, Sequence[bytes] | bytes | None], text: bytes) -> bool: ...
     def _take_over(self, text: bytes) -> Mapping[str, Sequence[bytes] | bytes | None]: ...
     def _look_at(self, client: Client, topic: str) -> None: ...
+    def _start_offsets(self, topic_id: int, queues: int) -> Sequence[int]: ...
     def _leave(self) -> None: ...
     def _write_acks(self, bodies: list[bytes]) -> None: ...
     def _write_attempts(self, bodies: list[bytes]) -> None: ...

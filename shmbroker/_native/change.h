@@ -14,7 +14,9 @@ typedef struct {
 } sb_change;
 
 void sb_change_word(sb_change *c, sb_word *word, uint64_t desired);
-/* `body`: JSON, of the record that says it. As sb_append. */
+/* The definitions have moved: with a record, all in one append. item: all but CRC and time. As sb_append. */
+int sb_change_append(sb_region *r, sb_change *c, sb_item *item, int64_t deadline_ns, uint64_t *needed);
+/* The same; `body`: JSON, of the record that says it. record 0: recovery, which only stores. */
 int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed);
 /* The claims of a topic or group that is deleted go with it (SB_NIL: of any); receipts that are still out are refused. Killed
  * before: the janitor does it. */

@@ -93,11 +93,23 @@ typedef struct {
  * SB_TABLE_FULL | SB_TIMEOUT | SB_INVALID | SB_BROKEN. Deadline: for the definition lock. */
 int sb_claims_open(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, uint32_t *table, int *created);
 /* The tables of a group in all queues of one topic, at one moment under the definition lock. Those that are new begin at
- * the first message that the log has; from_last: behind the last, if the group has never consumed the topic before (queues
- * added later are consumed from their first message). lives: theirs; 0: there was no table left for that queue. SB_OK |
- * SB_TABLE_FULL: not enough for a group that has never consumed the topic, which gets none | as sb_claims_open. */
-int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
-                         uint32_t *tables, uint64_t *lives);
+ * the first message that the log has; with `starts`, and if the group has never consumed the topic before (queues added later
+ * are consumed from their first message), at these offsets, as far as the queues reach: SB_NO_OFFSET is behind the last
+ * message. lives: theirs; 0: there was no table left for that queue. SB_OK | SB_TABLE_FULL: not enough for a group that has
+ * never consumed the topic, which gets none | as sb_claims_open. */
+int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, const uint64_t *starts,
+                         int64_t deadline_ns, uint32_t *tables, uint64_t *lives);
+#define SB_NO_OFFSET (~0ull)
+/* Has the group consumed the topic of this queue before? Only looks. */
+int sb_claims_knows_topic(const sb_region *r, uint32_t group, uint32_t queue);
+/* The group begins this queue anew, in a new table: at `base`, or at the next offset that the queue has. All that was claimed
+ * or acked in the old one is void. SB_OK | SB_TABLE_FULL: there is no free table, which the old one then is | SB_NOT_FOUND: no
+ * such group | SB_GONE: no such queue | SB_TIMEOUT | SB_BROKEN | codes of sb_append */
+typedef struct {
+    uint64_t before, after; /* bases; before SB_NO_OFFSET: the group has never consumed this queue */
+} sb_reset;
+int sb_claims_reset(sb_region *r, uint32_t group_id, uint32_t topic_id, uint32_t queue_id, uint64_t base, int64_t deadline_ns,
+                    sb_reset *done, uint64_t *needed);
 /* Its topic or group is deleted: the table is free for others, unless this life of it is over already. */
 void sb_claims_give_up(sb_claims *c, uint64_t life);
 /* All words FREE, no overflow entries, base and next at `base`. Nobody may use the table meanwhile. */

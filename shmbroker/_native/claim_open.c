@@ -1,13 +1,12 @@
 /* claim_open.c: finding and making claim tables, under the definition lock. Everything else about a table: claim_table.c. */
 #include "claim.h"
 
-#include "definition.h"
+#include "change.h"
+#include "failpoint.h"
 #include "overflow.h"
 
-void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
+static void drop_overflow(sb_region *r, uint32_t table)
 {
-    sb_claims *c = sb_claims_at(r, table);
-    const uint64_t life = sb_load(&c->state);
     uint64_t offset;
     sb_place place;
     for (uint32_t i = 0; i < r->limits.overflow_claims; i++) {
@@ -15,6 +14,13 @@ void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
             sb_overflow_free(r, table, &place);
         }
     }
+}
+
+void sb_claims_format(sb_region *r, uint32_t table, uint64_t base)
+{
+    sb_claims *c = sb_claims_at(r, table);
+    const uint64_t life = sb_load(&c->state);
+    drop_overflow(r, table);
     for (uint64_t o = base; o < base + r->limits.claim_window; o++) {
         sb_word *word = sb_claim_place(r, c, o);
         sb_store(word, sb_claim_word(SB_CLAIM_FREE, 0, 0, sb_claim_generation(sb_load(word)), sb_claim_lap(r, life, o)));
@@ -49,9 +55,9 @@ void sb_claims_give_up(sb_claims *c, uint64_t life)
 }
 
 /* Under the definition lock. The claim lock keeps those out who are moving a base of the last life: where one of them was
- * stopped, another table is taken. The new life begins before the first word changes, and is LIVE behind the last: a kill in
- * between leaves a free table, formatted anew by the next. */
-static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table)
+ * stopped, another table is taken. The new life, *life, begins before the first word changes; the caller makes it LIVE and
+ * gives the lock back. A kill in between leaves a free table, formatted anew by the next. */
+static int prepare(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table, uint64_t *life)
 {
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *c = sb_claims_at(r, i);
@@ -73,12 +79,22 @@ static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, u
         }
         sb_store(&c->recorded, ~0ull); /* never written to the log */
         sb_claims_format(r, i, base);
-        sb_store(&c->state, sb_claims_life(SB_SLOT_LIVE, incarnation));
-        sb_mutex_unlock(&c->lock);
         *table = i;
+        *life = sb_claims_life(SB_SLOT_LIVE, incarnation);
         return SB_OK;
     }
     return SB_TABLE_FULL;
+}
+
+static int create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table)
+{
+    uint64_t life;
+    int code = prepare(r, group, queue, base, table, &life);
+    if (code == SB_OK) {
+        sb_store(&sb_claims_at(r, *table)->state, life);
+        sb_mutex_unlock(&sb_claims_at(r, *table)->lock);
+    }
+    return code;
 }
 
 static int find_or_create(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table, int *created)
@@ -129,8 +145,20 @@ static uint32_t free_tables(const sb_region *r)
     return count;
 }
 
-int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last, int64_t deadline_ns,
-                         uint32_t *tables, uint64_t *lives)
+int sb_claims_knows_topic(const sb_region *r, uint32_t group, uint32_t queue)
+{
+    return group < r->limits.groups && queue < r->limits.queues && knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queue)->topic_id);
+}
+
+/* One of the offsets that the queue has messages for, or the next one. */
+static uint64_t clamp(uint64_t offset, uint64_t first, uint64_t next)
+{
+    offset = offset < next ? offset : next;
+    return offset > first ? offset : first;
+}
+
+int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, const uint64_t *starts,
+                         int64_t deadline_ns, uint32_t *tables, uint64_t *lives)
 {
     if (group >= r->limits.groups || count == 0 || count > SB_QUEUES_PER_TOPIC_MAX) {
         return SB_INVALID;
@@ -143,18 +171,87 @@ int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, u
     const int known = knows_topic(r, sb_group_at(r, group)->group_id, sb_queue_at(r, queues[0])->topic_id);
     if (!known && count > free_tables(r)) {
         code = SB_TABLE_FULL; /* all or none: a group that cannot begin keeps no table from others */
-    } else if (from_last && !known) {
+    } else if (starts && !known) {
         code = sb_append_read_offsets(r, queues, count, deadline_ns, base); /* definition lock, then append lock: as definers do */
-    } else {
-        for (uint32_t i = 0; i < count; i++) {
-            base[i] = sb_load(&sb_queue_at(r, queues[i])->first_offset);
-        }
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        const uint64_t first = sb_load(&sb_queue_at(r, queues[i])->first_offset);
+        base[i] = starts && !known ? clamp(starts[i], first, base[i]) : first;
     }
     for (uint32_t i = 0; i < count && code == SB_OK; i++) {
         int created;
         code = find_or_create(r, group, queues[i], base[i], &tables[i], &created);
         lives[i] = code == SB_OK ? sb_load(&sb_claims_at(r, tables[i])->state) : 0;
         code = code == SB_TABLE_FULL ? SB_OK : code; /* the topic has got more queues: the group goes on with those it has */
+    }
+    sb_definition_unlock(r);
+    return code;
+}
+
+/* The order, and what a kill at each edge leaves:
+ *
+ *     a table is made, FREE         a free table: the next who makes one takes it
+ *     PROGRESS, old FREE, new LIVE  one append: nothing, or all of it (append.c)
+ *     overflow entries given up     those of a table that is free, until it is made anew
+ *     (the caller wakes sleepers)   the janitor does, where there is something for them
+ *
+ * Claims of the old life are void from the append on: who holds one names a life that is over. */
+static int reset_locked(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, sb_reset *done, uint64_t *needed)
+{
+    uint32_t old = SB_NIL, table;
+    uint64_t next, life;
+    sb_change c = {.count = 0};
+    int code = sb_append_read_offsets(r, &queue, 1, deadline_ns, &next);
+    if (code != SB_OK) {
+        return code;
+    }
+    *done = (sb_reset){.before = SB_NO_OFFSET, .after = clamp(base, sb_load(&sb_queue_at(r, queue)->first_offset), next)};
+    code = prepare(r, group, queue, done->after, &table, &life);
+    if (code != SB_OK) {
+        return code;
+    }
+    sb_claims *made = sb_claims_at(r, table);
+    if (sb_claims_find(r, group, queue, &old) == SB_OK) {
+        sb_claims *was = sb_claims_at(r, old);
+        done->before = sb_load(&was->base);
+        sb_store(&made->reset_generation, sb_load(&was->reset_generation) + 1);
+        sb_word *const from[] = {&was->delivered, &was->acked, &was->redelivered, &was->refused};
+        sb_word *const to[] = {&made->delivered, &made->acked, &made->redelivered, &made->refused};
+        for (size_t i = 0; i < sizeof to / sizeof to[0]; i++) {
+            sb_store(to[i], sb_load(from[i]));
+        }
+        sb_change_word(&c, &was->state, sb_claims_life(SB_SLOT_FREE, sb_claims_incarnation(sb_load(&was->state))));
+    }
+    sb_change_word(&c, &made->state, life);
+    SB_FAILPOINT(claim_remade);
+    const sb_progress body = {.group_id = made->group_id, .topic_id = made->topic_id, .queue_id = (uint16_t)made->queue_id,
+                              .version = SB_PROGRESS_VERSION, .base = done->after,
+                              .reset_generation = (uint32_t)sb_load(&made->reset_generation)};
+    sb_item item = {.body = (const uint8_t *)&body, .body_bytes = sizeof body, .queue_slot = SB_NIL, .queue_id = SB_NO_QUEUE,
+                    .kind = SB_KIND_PROGRESS};
+    code = sb_change_append(r, &c, &item, deadline_ns, needed);
+    sb_mutex_unlock(&made->lock);
+    if (code == SB_OK && old != SB_NIL) {
+        SB_FAILPOINT(claim_begun_anew);
+        drop_overflow(r, old);
+    }
+    return code;
+}
+
+int sb_claims_reset(sb_region *r, uint32_t group_id, uint32_t topic_id, uint32_t queue_id, uint64_t base, int64_t deadline_ns,
+                    sb_reset *done, uint64_t *needed)
+{
+    uint32_t group, topic, slots[SB_QUEUES_PER_TOPIC_MAX];
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    if (sb_group_by_id(r, group_id, &group) != SB_OK) {
+        code = SB_NOT_FOUND;
+    } else if (sb_topic_by_id(r, topic_id, &topic) != SB_OK || sb_topic_queues(r, topic, slots, SB_QUEUES_PER_TOPIC_MAX) <= queue_id) {
+        code = SB_GONE;
+    } else {
+        code = reset_locked(r, group, slots[queue_id], base, deadline_ns, done, needed);
     }
     sb_definition_unlock(r);
     return code;

@@ -20,9 +20,9 @@ cdef class ConsumerCore(_Member):
     cdef bint called_off       # whoever waits gives up waiting
     cdef uint32_t waiter       # the wait slot of the thread that waits, of a consumer that has only one such
 
-    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_last=False, bint durable_acks=False,
+    def __init__(self, Client client not None, str group, *, bint spin=False, bint from_first=True, bint durable_acks=False,
                  double attempts_within=0.0):
-        super().__init__(client, group, from_last=from_last)
+        super().__init__(client, group, from_first=from_first)
         self.spin = spin
         self.waiter = SB_NIL
         self.durable_acks = durable_acks

@@ -17,24 +17,36 @@ void sb_change_word(sb_change *c, sb_word *word, uint64_t desired)
     }
 }
 
-int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
+static void move_definitions(sb_region *r, sb_change *c)
 {
     sb_change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
+}
+
+int sb_change_append(sb_region *r, sb_change *c, sb_item *item, int64_t deadline_ns, uint64_t *needed)
+{
+    move_definitions(r, c);
+    item->born_ns = sb_realtime_ns();
+    item->payload_crc = sb_crc32c(0, item->body, item->body_bytes);
+    uint64_t end;
+    int code = sb_append(r, SB_NIL, item, 1, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
+    if (code == SB_OK) {
+        sb_append_wake(r, item, 1);
+    }
+    return code;
+}
+
+int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
+{
     if (!record) {
+        move_definitions(r, c);
         for (uint32_t i = 0; i < c->count; i++) {
             sb_store(c->effect[i].word, c->effect[i].desired);
         }
         return SB_OK;
     }
-    sb_item item = {.body = (const uint8_t *)body, .body_bytes = (uint32_t)strlen(body), .born_ns = sb_realtime_ns(),
-                    .queue_slot = SB_NIL, .queue_id = SB_NO_QUEUE, .kind = kind};
-    item.payload_crc = sb_crc32c(0, item.body, item.body_bytes);
-    uint64_t end;
-    int code = sb_append(r, SB_NIL, &item, 1, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
-    if (code == SB_OK) {
-        sb_append_wake(r, &item, 1);
-    }
-    return code;
+    sb_item item = {.body = (const uint8_t *)body, .body_bytes = (uint32_t)strlen(body), .queue_slot = SB_NIL,
+                    .queue_id = SB_NO_QUEUE, .kind = kind};
+    return sb_change_append(r, c, &item, deadline_ns, needed);
 }
 
 void sb_change_free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)

@@ -28,6 +28,8 @@
     X(claim_reserved, "claim.reserved")           /* overflow: entry reserved, word as it was */                      \
     X(claim_moving, "claim.moving")               /* overflow: entry filled, word marked, entry not live */           \
     X(claim_moved, "claim.moved")                 /* overflow: entry live, base not moved */                          \
+    X(claim_remade, "claim.remade")               /* reset: a new table stands ready, the old one is in force */         \
+    X(claim_begun_anew, "claim.begun_anew")       /* reset: done, sleeping members not told */                           \
     X(move_appended, "move.appended")             /* copy and ack are there, base old, nobody posted */               \
     X(flushed_stored, "flushed.stored")           /* flushed new, nobody posted */
 

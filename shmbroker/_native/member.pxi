@@ -17,16 +17,16 @@ cdef dict make_filters(filters):
 cdef class _Member(_QueueReader):
     """Base of the consumers that share a group's messages."""
     cdef dict filters         # topic -> _Filter or None
-    cdef bint from_last
+    cdef bint from_first      # where a group begins that has never consumed a topic; else `_start_offsets` says
     cdef bint shut, joined
     cdef uint32_t group_slot
     cdef uint64_t subscription_generation  # of the group's subscription that `filters` was made from
     cdef uint64_t generation  # of the definitions that `sources` was made from
     cdef dict unserved        # (topic, queue_id) -> slot of the queues that got no claim table
 
-    def __init__(self, Client client not None, str group, *, bint from_last=False):
+    def __init__(self, Client client not None, str group, *, bint from_first=True):
         super().__init__(client, group)
-        self.from_last = from_last
+        self.from_first = from_first
         self.filters = {}
         self.unserved = {}
 
@@ -34,6 +34,10 @@ cdef class _Member(_QueueReader):
 
     def _take_over(self, bytes text):
         """The group's subscription is this one now. Returns topic -> tags, program or None."""
+        raise NotImplementedError
+
+    def _start_offsets(self, uint32_t topic_id, uint32_t queues):
+        """Where the group begins in a topic that it has never consumed: one offset for each queue."""
         raise NotImplementedError
 
     cdef int follow(self, sb_region *r) except -1:
@@ -144,13 +148,13 @@ cdef class _Member(_QueueReader):
             if not route.permission & 4:
                 raise _errors.NoPermission(
                     f"topic {topic!r} has permission {_naming.permission_name(route.permission)}: nobody may consume it")
-            self.open_sources(r, route, known, wanted, self.from_last, sources)
+            self.open_sources(r, route, known, wanted, self.from_first, sources)
         if self.unserved and not sources:
             raise self.no_tables(r, list(self.unserved))
         retries = self.retry_topic()
         route = find_route(r, retries) if self.joined and retries not in self.filters else None
         if route is not None:  # from the first on: no retry may be skipped; and without a filter, the original passed it
-            self.open_sources(r, route, known, None, False, sources)
+            self.open_sources(r, route, known, None, True, sources)
         self.sources = sources
         self.generation = generation
         return 0
@@ -182,16 +186,21 @@ cdef class _Member(_QueueReader):
             "queues, counted once for each group that consumes them. Start it anew with more, or delete groups or topics "
             "that nobody needs")
 
-    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _Filter wanted, bint from_last,
+    cdef int open_sources(self, sb_region *r, TopicRoute route, dict known, _Filter wanted, bint from_first,
                           list sources) except -1:
         cdef uint32_t tables[SB_QUEUES_PER_TOPIC_MAX]
         cdef uint64_t lives[SB_QUEUES_PER_TOPIC_MAX]
+        cdef uint64_t offsets[SB_QUEUES_PER_TOPIC_MAX]
+        cdef const uint64_t *starts = NULL
         cdef uint32_t group = self.group_slot, i
         cdef int code
         cdef _Source source
+        if not from_first and not sb_claims_knows_topic(r, group, route.slots[0]):
+            for i, offset in enumerate(self._start_offsets(route.topic_id, route.count)):
+                offsets[i] = offset
+            starts = offsets
         with nogil:
-            code = sb_claims_open_topic(r, group, route.slots, route.count, from_last, sb_now_ns() + DEFINE_TIMEOUT_NS,
-                                        tables, lives)
+            code = sb_claims_open_topic(r, group, route.slots, route.count, starts, sb_now_ns() + DEFINE_TIMEOUT_NS, tables, lives)
         if code != SB_OK and code != SB_TABLE_FULL:
             raise code_error(r, code, f"subscribing group {self.group!r} to {route.name!r}")
         for i in range(route.count):

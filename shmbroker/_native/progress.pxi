@@ -33,6 +33,12 @@ cdef extern from "claim.h" nogil:
     enum:
         SB_PROGRESS_VERSION
         SB_RUN_ACKED
+    uint64_t SB_NO_OFFSET
+    ctypedef struct sb_reset:
+        uint64_t before
+        uint64_t after
+    int sb_claims_reset(sb_region *r, uint32_t group_id, uint32_t topic_id, uint32_t queue_id, uint64_t base, int64_t deadline_ns,
+                        sb_reset *done, uint64_t *needed)
     bint sb_claims_is_live(uint64_t life)
     uint64_t sb_claims_next_offset(const sb_claims *c)
     sb_claims *sb_claims_at(const sb_region *r, uint32_t i)
@@ -132,6 +138,18 @@ cdef object merge_progress(sb_region *r, bytes body):
         raise code_error(r, code, "restoring progress")
 
 
+cdef object reset_error(sb_region *r, int code, uint32_t group_id, uint32_t topic_id, uint32_t queue_id):
+    if code == SB_NOT_FOUND:
+        return _errors.GroupNotExist(f"there is no group with id {group_id} (any more)")
+    if code == SB_GONE:
+        return _errors.QueueNotExist(f"there is no queue {queue_id} of a topic with id {topic_id} (any more)")
+    if code == SB_TABLE_FULL:
+        return _errors.LimitReached(
+            f"a reset needs a free claim table, and all claim_tables = {r.limits.claim_tables} are in use. Start the broker anew "
+            "with more, or delete groups or topics that nobody needs")
+    return code_error(r, code, "resetting a group")
+
+
 cdef dict progress_dict(sb_region *r, uint32_t table, bytes body):
     """See Region.progress in _core.pyi."""
     cdef sb_claims *c = sb_claims_at(r, table)
@@ -174,11 +192,17 @@ cdef list consumed_places(sb_region *r):
 
 
 cdef list progress_tables(sb_region *r):
+    """Each of them. A reset moves one to another place: a list that lacked it would make retention think that nobody needs it."""
     cdef uint32_t i
     cdef bytes body
-    cdef list tables = []
-    for i in range(r.limits.claim_tables):
-        body = progress_body(r, i)
-        if body is not None:
-            tables.append(progress_dict(r, i, body))
-    return tables
+    cdef list tables
+    cdef uint64_t generation
+    while True:
+        generation = sb_load(&sb_marks(r).topic_generation)
+        tables = []
+        for i in range(r.limits.claim_tables):
+            body = progress_body(r, i)
+            if body is not None:
+                tables.append(progress_dict(r, i, body))
+        if sb_load_last(&sb_marks(r).topic_generation) == generation:
+            return tables

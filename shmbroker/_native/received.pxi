@@ -25,8 +25,9 @@ cdef extern from "claim.h" nogil:
     void sb_claim_base(sb_region *r, uint32_t table)
     int sb_claim_overflow(sb_region *r, uint32_t table, uint64_t life, uint64_t wanted)
     int sb_claims_claimable(sb_region *r, uint32_t table, uint32_t now_ms)
-    int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, int from_last,
+    int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, uint32_t count, const uint64_t *starts,
                              int64_t deadline_ns, uint32_t *tables, uint64_t *lives)
+    bint sb_claims_knows_topic(const sb_region *r, uint32_t group, uint32_t queue)
 
 cdef extern from "queue_index.h" nogil:
     ctypedef struct sb_cursor:

@@ -384,17 +384,23 @@ cdef class Region:
                     code = sb_group_delete(r, c_name, record, slice, &needed)
                 else:
                     code = sb_group_define(r, c_name, number, record, slice, slot, &needed)
-            if sb_now_ns() >= deadline:
-                break
-            if code == SB_NO_SPACE:
-                self.wait_for("flushed", needed, slice - sb_now_ns())
-            elif code == SB_NO_CAPACITY and sb_load(&sb_marks(r).store_state) != SB_STORE_FULL:
-                self.wait_for("flushed", sb_load(&sb_marks(r).tail) + 1, min(slice - sb_now_ns(), 2_000_000))
-            elif code != SB_TIMEOUT:
+            if not self.comes_to_pass(code, deadline, slice, needed):
                 break
         if code == SB_TABLE_FULL or code == SB_OK or code == SB_NOT_FOUND or code == SB_IN_USE:
             return code
         raise code_error(r, code, f"{what} {name!r}")
+
+    cdef bint comes_to_pass(self, int code, int64_t deadline, int64_t slice, uint64_t needed) except -1:
+        """Whether a change of definitions that was answered so is worth another try; waits for room, or for the disk."""
+        if sb_now_ns() >= deadline:
+            return False
+        if code == SB_NO_SPACE:
+            self.wait_for("flushed", needed, slice - sb_now_ns())
+        elif code == SB_NO_CAPACITY and sb_load(&sb_marks(&self.r).store_state) != SB_STORE_FULL:
+            self.wait_for("flushed", sb_load(&sb_marks(&self.r).tail) + 1, min(slice - sb_now_ns(), 2_000_000))
+        else:
+            return code == SB_TIMEOUT
+        return True
 
     def define_topic(self, str name, uint32_t queues, uint32_t permission=0, uint32_t topic_id=0, next_offsets=None,
                      bint record=True):
@@ -602,6 +608,23 @@ cdef class Region:
 
     def restore_progress(self, bytes body not None):
         merge_progress(self.open(), body)
+
+    def reset_progress(self, uint32_t group_id, uint32_t topic_id, uint32_t queue_id, uint64_t offset):
+        cdef sb_region *r = self.open()
+        cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS, slice
+        cdef uint64_t needed = 0
+        cdef sb_reset done
+        cdef int code
+        while True:
+            check_signals()
+            slice = min(deadline, sb_now_ns() + SLICE_NS)
+            with nogil:
+                code = sb_claims_reset(r, group_id, topic_id, queue_id, offset, slice, &done, &needed)
+            if not self.comes_to_pass(code, deadline, slice, needed):
+                break
+        if code != SB_OK:
+            raise reset_error(r, code, group_id, topic_id, queue_id)
+        return (None if done.before == SB_NO_OFFSET else done.before), done.after
 
     # -- janitor
 

@@ -307,10 +307,11 @@ static void a_group_made_behind_the_last_message_does_not_count_one_that_never_w
         uint64_t lives[QUEUES];
         setup();
         sb_group_at(&b.r, 1)->group_id = 11;
+        const uint64_t last[QUEUES] = {SB_NO_OFFSET};
         const uint64_t before = sb_load(&sb_queue_at(&b.r, b.slot[0])->next_offset);
         CHECK(kill_at(kills[published], 1));
         CHECK(sb_load(&sb_queue_at(&b.r, b.slot[0])->next_offset) > before);
-        CHECK_EQ(sb_claims_open_topic(&b.r, 1, b.slot, QUEUES, 1, sb_now_ns() + BROKER_SECOND_NS, tables, lives), SB_OK);
+        CHECK_EQ(sb_claims_open_topic(&b.r, 1, b.slot, QUEUES, last, sb_now_ns() + BROKER_SECOND_NS, tables, lives), SB_OK);
         CHECK_EQ(sb_load(&sb_claims_at(&b.r, tables[0])->base), before + published * (RECORDS / QUEUES));
         check_invariants(&b);
         broker_close(&b);

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.command import COMMAND, TIMEOUT, environment
 from support.processes import processes_of, wait_for_workers, wait_gone
-from support.waiting import wait_until
+from support.waiting import DEADLINE, wait_until
 
 from shmbroker import memory
 from shmbroker.naming import BrokerPaths
@@ -53,6 +53,19 @@ def served(directory: Path) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[None]:
+    """``shmbroker serve``, for clients that do not start a broker by themselves."""
+    server = start(directory, "serve")
+    try:
+        wait_for_workers(directory)
+        wait_until(lambda: runs(directory), "the broker runs")
+        yield
+    finally:
+        server.terminate()
+        server.wait(DEADLINE)
 
 
 def runs(directory: Path) -> bool:
