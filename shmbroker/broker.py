@@ -265,11 +265,7 @@ class Broker(Handle):
 
         A group that is made again under this name begins like a new one. Raises GroupNotExist, GroupInUse.
         """
-        self.region.delete_group(check_group(name))
-        if (
-            self._find_topic(RETRY_PREFIX + name) is not None
-        ):  # killed before: retries that wait for a group of this name
-            self.region.delete_topic(RETRY_PREFIX + name)
+        self.region.delete_group(check_group(name), RETRY_PREFIX + name)
 
     def topics(self) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes.

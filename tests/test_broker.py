@@ -19,6 +19,7 @@ from support.waiting import wait_until
 
 import shmbroker
 from shmbroker import BadRequest, Broker, ConfigError, GroupInUse, GroupNotExist, Message, MessageTooLarge
+from shmbroker.send_back import SendBack
 
 SEGMENT = 1 << 20  # QUICK's
 
@@ -95,18 +96,27 @@ def test_a_deleted_group_stays_deleted_and_begins_anew_under_its_name(
 @pytest.mark.crash
 @pytest.mark.parametrize(("name", "gone"), [("copied", False), ("published", True), ("disarmed", True)])
 def test_a_group_whose_deleter_is_killed_on_the_way_is_whole_or_gone(directory: Path, name: str, gone: bool) -> None:
-    """Killed behind its record, the deleter leaves the group's claims; the janitor frees them."""
+    """With its retries. Killed behind its records, the deleter leaves the group's claims; the janitor frees them."""
     with running(directory) as broker:
         send(broker, *numbered(20))
         with broker.simple_consumer("oudit", ALL) as consumer:
             drain(consumer, 10)
+            (failed,) = consumer.receive(1, wait=10.0)
+            SendBack(broker, consumer).later(failed, level=1)
         armed = {"SHMBROKER_FAILPOINTS": f"client/append.{name}=kill"}
         with Child(DELETE, directory, "{}", environment=armed) as child:
             assert child.wait() == -signal.SIGKILL
         wait_until(lambda: bool(broker.region.progress()) == (not gone), "its claims freed, or not")
-        assert names_of(broker) == ([] if gone else ["oudit"])
+        left = {"group": names_of(broker), "topics": [topic["name"] for topic in broker.topics()]}
+        assert left == {
+            "group": [] if gone else ["oudit"],
+            "topics": ["orders"] if gone else ["orders", "%RETRY%oudit"],
+        }
+    with running(directory) as broker:  # by the log alone
+        assert left == {"group": names_of(broker), "topics": [topic["name"] for topic in broker.topics()]}
         with broker.simple_consumer("oudit", ALL) as consumer:
-            assert drain(consumer, 20 if gone else 10) == numbered(20)[0 if gone else 10 :]
+            again = drain(consumer, 20 if gone else 10)
+            assert again == (numbered(20) if gone else [*numbered(9, 11), b"10"])
 
 
 def test_a_group_with_live_members_is_not_deleted_and_they_are_named(broker: Broker) -> None:

@@ -298,7 +298,7 @@ class Region:
                      record: bool = True) -> int:
         """Create a topic, or alter an existing one (more queues, permission; 0: as it is, 6 if new). Returns its id. ``record=False`` restores
         what the log already says (recovery)."""
-    def delete_topic(self, name: str, record: bool = True) -> None: ...
+    def delete_topic(self, name: str) -> None: ...
     def define_group(self, name: str, group_id: int = 0, record: bool = True) -> int: ...
     def set_subscription(self, name: str, text: bytes, generation: int = 0, record: bool = True) -> None:
         """What the group subscribes to from now on, as JSON. Raises GroupNotExist. ``record=False``: recovery, with the
@@ -309,7 +309,8 @@ class Region:
         """The group's retry policy as JSON; empty: the default one. Raises GroupNotExist."""
     def wake_everybody(self) -> None:
         """Whoever sleeps looks again: a queue has come into being that a sleeping consumer does not know."""
-    def delete_group(self, name: str, record: bool = True) -> None: ...  # GroupInUse while a live client consumes in it
+    def delete_group(self, name: str, retry_topic: str) -> None:
+        """With that topic, if it is there, in one append. Raises GroupNotExist, GroupInUse (a live client consumes in it)."""
     def topics(self, *, exact: bool = False) -> list[dict[str, Any]]:
         """Each: name, topic_id, permission, queues: [{queue_id, slot, next_offset, first_offset, index_first, bytes}]."""
     def groups(self) -> list[dict[str, Any]]:

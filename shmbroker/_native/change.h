@@ -1,5 +1,5 @@
-/* change.h: one change of the definitions, for definition.c and group.c: effects are collected, then appended with a record
- * or (recovery) stored. The definition lock is held. */
+/* change.h: one change of the definitions, for definition.c, group.c and claim_open.c: effects are collected, then appended
+ * with a record or (recovery) stored. The definition lock is held. */
 #ifndef SHMBROKER_CHANGE_H
 #define SHMBROKER_CHANGE_H
 
@@ -14,10 +14,14 @@ typedef struct {
 } sb_change;
 
 void sb_change_word(sb_change *c, sb_word *word, uint64_t desired);
-/* The definitions have moved: with a record, all in one append. item: all but CRC and time. As sb_append. */
-int sb_change_append(sb_region *r, sb_change *c, sb_item *item, int64_t deadline_ns, uint64_t *needed);
-/* The same; `body`: JSON, of the record that says it. record 0: recovery, which only stores. */
+/* A record that says it; `body` is read when it is appended. */
+sb_item sb_change_record(uint8_t kind, const void *body, size_t bytes);
+/* The definitions have moved: with these records, all in one append. As sb_append. */
+int sb_change_append(sb_region *r, sb_change *c, sb_item *records, uint32_t count, int64_t deadline_ns, uint64_t *needed);
+/* The same with one record, of this JSON. record 0: recovery, which only stores. */
 int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed);
+/* Collects the end of a topic; `body`, of SB_CHANGE_BODY_BYTES, becomes its record's. */
+void sb_change_delete_topic(sb_region *r, sb_change *c, uint32_t slot, char *body);
 /* The claims of a topic or group that is deleted go with it (SB_NIL: of any); receipts that are still out are refused. Killed
  * before: the janitor does it. */
 void sb_change_free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id);

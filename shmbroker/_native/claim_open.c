@@ -227,9 +227,8 @@ static int reset_locked(sb_region *r, uint32_t group, uint32_t queue, uint64_t b
     const sb_progress body = {.group_id = made->group_id, .topic_id = made->topic_id, .queue_id = (uint16_t)made->queue_id,
                               .version = SB_PROGRESS_VERSION, .base = done->after,
                               .reset_generation = (uint32_t)sb_load(&made->reset_generation)};
-    sb_item item = {.body = (const uint8_t *)&body, .body_bytes = sizeof body, .queue_slot = SB_NIL, .queue_id = SB_NO_QUEUE,
-                    .kind = SB_KIND_PROGRESS};
-    code = sb_change_append(r, &c, &item, deadline_ns, needed);
+    sb_item item = sb_change_record(SB_KIND_PROGRESS, &body, sizeof body);
+    code = sb_change_append(r, &c, &item, 1, deadline_ns, needed);
     sb_mutex_unlock(&made->lock);
     if (code == SB_OK && old != SB_NIL) {
         SB_FAILPOINT(claim_begun_anew);

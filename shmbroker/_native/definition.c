@@ -22,15 +22,21 @@ static void move_definitions(sb_region *r, sb_change *c)
     sb_change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
 }
 
-int sb_change_append(sb_region *r, sb_change *c, sb_item *item, int64_t deadline_ns, uint64_t *needed)
+sb_item sb_change_record(uint8_t kind, const void *body, size_t bytes)
 {
-    move_definitions(r, c);
-    item->born_ns = sb_realtime_ns();
-    item->payload_crc = sb_crc32c(0, item->body, item->body_bytes);
+    sb_item item = {.body = (const uint8_t *)body, .body_bytes = (uint32_t)bytes, .born_ns = sb_realtime_ns(),
+                    .queue_slot = SB_NIL, .queue_id = SB_NO_QUEUE, .kind = kind};
+    item.payload_crc = sb_crc32c(0, item.body, item.body_bytes);
+    return item;
+}
+
+int sb_change_append(sb_region *r, sb_change *c, sb_item *records, uint32_t count, int64_t deadline_ns, uint64_t *needed)
+{
     uint64_t end;
-    int code = sb_append(r, SB_NIL, item, 1, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
+    move_definitions(r, c);
+    int code = sb_append(r, SB_NIL, records, count, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
     if (code == SB_OK) {
-        sb_append_wake(r, item, 1);
+        sb_append_wake(r, records, count);
     }
     return code;
 }
@@ -44,9 +50,8 @@ int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, 
         }
         return SB_OK;
     }
-    sb_item item = {.body = (const uint8_t *)body, .body_bytes = (uint32_t)strlen(body), .queue_slot = SB_NIL,
-                    .queue_id = SB_NO_QUEUE, .kind = kind};
-    return sb_change_append(r, c, &item, deadline_ns, needed);
+    sb_item item = sb_change_record(kind, body, strlen(body));
+    return sb_change_append(r, c, &item, 1, deadline_ns, needed);
 }
 
 void sb_change_free_claims(sb_region *r, uint32_t topic_id, uint32_t group_id)
@@ -249,9 +254,21 @@ int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t pe
     return code;
 }
 
-int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+void sb_change_delete_topic(sb_region *r, sb_change *c, uint32_t slot, char *body)
 {
-    uint32_t slot, slots[SB_QUEUES_PER_TOPIC_MAX];
+    uint32_t slots[SB_QUEUES_PER_TOPIC_MAX];
+    sb_topic *t = sb_topic_at(r, slot);
+    const uint32_t n = sb_topic_queues(r, slot, slots, SB_QUEUES_PER_TOPIC_MAX);
+    for (uint32_t i = 0; i < n; i++) {
+        sb_change_word(c, &sb_queue_at(r, slots[i])->state, SB_SLOT_FREE);
+    }
+    sb_change_word(c, &t->state, SB_SLOT_FREE);
+    (void)snprintf(body, SB_CHANGE_BODY_BYTES, "{\"op\":\"delete\",\"name\":\"%s\",\"topic_id\":%u}", t->name, t->topic_id);
+}
+
+int sb_topic_delete(sb_region *r, const char *name, int64_t deadline_ns, uint64_t *needed)
+{
+    uint32_t slot;
     int code = sb_definition_lock(r, deadline_ns);
     if (code != SB_OK) {
         return code;
@@ -260,14 +277,9 @@ int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline
     if (code == SB_OK) {
         sb_change c = {.count = 0};
         char body[SB_CHANGE_BODY_BYTES];
-        sb_topic *t = sb_topic_at(r, slot);
-        uint32_t topic_id = t->topic_id, n = sb_topic_queues(r, slot, slots, SB_QUEUES_PER_TOPIC_MAX);
-        for (uint32_t i = 0; i < n; i++) {
-            sb_change_word(&c, &sb_queue_at(r, slots[i])->state, SB_SLOT_FREE);
-        }
-        sb_change_word(&c, &t->state, SB_SLOT_FREE);
-        (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"topic_id\":%u}", name, topic_id);
-        code = sb_change_apply(r, &c, SB_KIND_TOPIC, body, record, deadline_ns, needed);
+        uint32_t topic_id = sb_topic_at(r, slot)->topic_id;
+        sb_change_delete_topic(r, &c, slot, body);
+        code = sb_change_apply(r, &c, SB_KIND_TOPIC, body, 1, deadline_ns, needed);
         if (code == SB_OK) {
             sb_change_free_claims(r, topic_id, SB_NIL);
         }

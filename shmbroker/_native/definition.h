@@ -19,7 +19,8 @@ uint32_t sb_topic_queues(const sb_region *r, uint32_t topic, uint32_t *slots, ui
  * record 0: recovery, the log says so already. SB_OK | SB_TABLE_FULL | SB_INVALID | SB_EXISTS (other id) | codes of sb_append */
 int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t permission, uint32_t topic_id, int record,
                     int64_t deadline_ns, uint32_t *slot, uint64_t *needed);
-int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed);
+/* SB_OK | SB_NOT_FOUND | codes of sb_append */
+int sb_topic_delete(sb_region *r, const char *name, int64_t deadline_ns, uint64_t *needed);
 int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot, uint64_t *needed);
 /* From now on `text` (JSON) is what the group subscribes to, whatever its members say: its generation is the next one, or
  * with record 0 `generation`. SB_OK | SB_NOT_FOUND | SB_INVALID: too long | codes of sb_append */
@@ -28,8 +29,8 @@ int sb_group_set_subscription(sb_region *r, const char *name, const char *text, 
 /* The same for its retry policy. */
 int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
                        uint64_t *needed);
-/* As sb_topic_delete | SB_IN_USE: a live client consumes in it */
-int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed);
+/* With the topic of its retries, if it has one. As sb_topic_delete | SB_IN_USE: a live client consumes in it */
+int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed);
 
 int sb_definition_lock(sb_region *r, int64_t deadline_ns);
 void sb_definition_unlock(sb_region *r);

@@ -109,9 +109,9 @@ int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_
     return set_text(r, name, retry_of, text, generation, record, deadline_ns, needed);
 }
 
-int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed)
 {
-    uint32_t slot;
+    uint32_t slot, topic;
     int code = sb_definition_lock(r, deadline_ns);
     if (code != SB_OK) {
         return code;
@@ -122,14 +122,21 @@ int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline
     }
     if (code == SB_OK) {
         sb_change c = {.count = 0};
-        char body[SB_CHANGE_BODY_BYTES];
+        char body[2][SB_CHANGE_BODY_BYTES];
+        sb_item records[2];
         sb_group *g = sb_group_at(r, slot);
-        uint32_t group_id = g->group_id;
+        uint32_t group_id = g->group_id, topic_id = SB_NIL, count = 0;
         sb_change_word(&c, &g->state, SB_SLOT_FREE);
-        (void)snprintf(body, sizeof body, "{\"op\":\"delete\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
-        code = sb_change_apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
+        (void)snprintf(body[0], sizeof body[0], "{\"op\":\"delete\",\"name\":\"%s\",\"group_id\":%u}", name, group_id);
+        records[count++] = sb_change_record(SB_KIND_GROUP, body[0], strlen(body[0]));
+        if (sb_topic_find(r, retry_topic, &topic) == SB_OK) { /* a group of this name that is made later has not failed yet */
+            topic_id = sb_topic_at(r, topic)->topic_id;
+            sb_change_delete_topic(r, &c, topic, body[1]);
+            records[count++] = sb_change_record(SB_KIND_TOPIC, body[1], strlen(body[1]));
+        }
+        code = sb_change_append(r, &c, records, count, deadline_ns, needed);
         if (code == SB_OK) {
-            sb_change_free_claims(r, SB_NIL, group_id);
+            sb_change_free_claims(r, topic_id, group_id);
         }
     }
     sb_definition_unlock(r);

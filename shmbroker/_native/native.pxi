@@ -280,14 +280,14 @@ cdef extern from "definition.h" nogil:
     uint32_t sb_topic_queues(const sb_region *r, uint32_t topic, uint32_t *slots, uint32_t room)
     int sb_topic_define(sb_region *r, const char *name, uint32_t queues, uint32_t permission, uint32_t topic_id, int record,
                         int64_t deadline_ns, uint32_t *slot, uint64_t *needed)
-    int sb_topic_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+    int sb_topic_delete(sb_region *r, const char *name, int64_t deadline_ns, uint64_t *needed)
     int sb_group_define(sb_region *r, const char *name, uint32_t group_id, int record, int64_t deadline_ns, uint32_t *slot,
                         uint64_t *needed)
     int sb_group_set_subscription(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
                                   int64_t deadline_ns, uint64_t *needed)
     int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
                            int64_t deadline_ns, uint64_t *needed)
-    int sb_group_delete(sb_region *r, const char *name, int record, int64_t deadline_ns, uint64_t *needed)
+    int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed)
     int sb_definition_lock(sb_region *r, int64_t deadline_ns)
     void sb_definition_unlock(sb_region *r)
 

@@ -360,7 +360,8 @@ cdef class Region:
 
     cdef int define(self, str what, str name, uint32_t queues, uint32_t permission, uint32_t number, bint record,
                     uint32_t *slot, const char *text=NULL) except -100:
-        """Define, delete or (a text) subscribe, waiting for lock, room and disk; looks at signals at least every 100 ms."""
+        """Define, delete (a group with the topic ``text``) or set a group's ``text``, waiting for lock, room and disk; looks at
+        signals at least every 100 ms."""
         cdef sb_region *r = self.open()
         cdef bytes encoded = name.encode()
         cdef const char *c_name = encoded
@@ -372,16 +373,16 @@ cdef class Region:
             check_signals()
             slice = min(deadline, sb_now_ns() + SLICE_NS)
             with nogil:
-                if text != NULL and retry:
-                    code = sb_group_set_retry(r, c_name, text, number, record, slice, &needed)
-                elif text != NULL:
-                    code = sb_group_set_subscription(r, c_name, text, number, record, slice, &needed)
-                elif topic and delete:
-                    code = sb_topic_delete(r, c_name, record, slice, &needed)
+                if topic and delete:
+                    code = sb_topic_delete(r, c_name, slice, &needed)
                 elif topic:
                     code = sb_topic_define(r, c_name, queues, permission, number, record, slice, slot, &needed)
                 elif delete:
-                    code = sb_group_delete(r, c_name, record, slice, &needed)
+                    code = sb_group_delete(r, c_name, text, slice, &needed)
+                elif text != NULL and retry:
+                    code = sb_group_set_retry(r, c_name, text, number, record, slice, &needed)
+                elif text != NULL:
+                    code = sb_group_set_subscription(r, c_name, text, number, record, slice, &needed)
                 else:
                     code = sb_group_define(r, c_name, number, record, slice, slot, &needed)
             if not self.comes_to_pass(code, deadline, slice, needed):
@@ -415,9 +416,9 @@ cdef class Region:
             self.restore_queue(topic_id, queue_id, next_offset, 0)
         return topic_id
 
-    def delete_topic(self, str name, bint record=True):
+    def delete_topic(self, str name):
         cdef uint32_t slot = 0
-        if self.define("deleting topic", name, 0, 0, 0, record, &slot) == SB_NOT_FOUND:
+        if self.define("deleting topic", name, 0, 0, 0, True, &slot) == SB_NOT_FOUND:
             raise _errors.TopicNotExist(f"topic {name!r} does not exist")
 
     def define_group(self, str name, uint32_t group_id=0, bint record=True):
@@ -449,9 +450,10 @@ cdef class Region:
     def wake_everybody(self):
         sb_wake_everybody(self.open())
 
-    def delete_group(self, str name, bint record=True):
+    def delete_group(self, str name, str retry_topic):
         cdef uint32_t slot = 0
-        cdef int code = self.define("deleting group", name, 0, 0, 0, record, &slot)
+        cdef bytes topic = retry_topic.encode()
+        cdef int code = self.define("deleting group", name, 0, 0, 0, True, &slot, topic)
         if code == SB_NOT_FOUND:
             raise _errors.GroupNotExist(f"group {name!r} does not exist")
         if code == SB_IN_USE:

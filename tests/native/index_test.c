@@ -174,7 +174,7 @@ static void a_deleted_topic_leaves_nothing_to_the_next_user_of_its_queues(void)
     }
     for (uint32_t round = 0; round < 10; round++) {
         const int64_t deadline = sb_now_ns() + BROKER_SECOND_NS;
-        CHECK_EQ(sb_topic_delete(&b.r, "test", 1, deadline, &needed), SB_OK);
+        CHECK_EQ(sb_topic_delete(&b.r, "test", deadline, &needed), SB_OK);
         CHECK_EQ(sb_topic_define(&b.r, "test", 4, 0, 0, 1, deadline, &b.topic, &needed), SB_OK);
         CHECK_EQ(sb_topic_queues(&b.r, b.topic, b.slot, BROKER_QUEUES_MAX), 4);
         for (uint32_t q = 0; q < 4; q++) {
