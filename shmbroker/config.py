@@ -96,7 +96,9 @@ class LayoutConfig:
     max_queues: int = _key(1024, "queues of all topics together", 1, 65_535)
     max_groups: int = _key(128, "consumer groups", 1, 65_535)
     max_clients: int = _key(256, "processes attached at one time", 1, 4_094)
-    max_waiters: int = _key(256, "threads asleep at one time: in a durable send or an empty receive", 2, 512)
+    max_waiters: int = _key(
+        256, "threads and coroutines asleep at one time: in a durable send or an empty receive", 2, 512
+    )
     claim_tables: int = _key(384, "pairs of a group and a queue that it consumes", 1, 65_535)
     claim_window: int = _key(
         1024, "messages of one queue claimed and unacknowledged at one time, per group", 64, 65_536, power_of_two=True

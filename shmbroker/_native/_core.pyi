@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, overload
+from typing import Any, Final, TypeVar, overload
 
 from shmbroker.retry import RetryPolicy
 from shmbroker.status import SendStatus
@@ -380,6 +380,8 @@ class TopicRoute:
     count: int              # queues
     permission: int
 
+Stored = TypeVar("Stored", SendResult, BatchResult)
+
 class ProducerCore:
     """The send path. A subclass resolves missing topics, chooses queues and ids, and sends again after a restart."""
     client: Client
@@ -413,7 +415,7 @@ class ProducerCore:
         dedup_key: Any,
     ) -> SendResult: ...
     @staticmethod
-    def _settle(result: SendResult, deadline_ns: int) -> SendResult: ...
+    def _settle(result: Stored, deadline_ns: int) -> Stored: ...
     def _attach_again(self) -> Client: ...
     def _due_ns(self, message: Message, now_ns: int) -> int: ...
     def _recall(self, handle: str) -> bool: ...
@@ -469,6 +471,34 @@ class ConsumerCore:
     def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None: ...
     def _max_deliveries(self, message: ReceivedMessage) -> int: ...
     def _bury(self, messages: list[ReceivedMessage]) -> None: ...
+
+# ---- event loops
+
+class Hub:
+    """Where one event loop waits in one broker's memory: a thread that sleeps for all of its coroutines."""
+    client: Client
+    def __init__(self, client: Client) -> None: ...
+    def sleep(self, seconds: float) -> bool:
+        """On the hub's thread: until a wait is posted, or so long. False: it was closed."""
+    def close(self) -> None:
+        """End ``sleep``."""
+    def leave(self) -> None:
+        """On the hub's thread, as its last act: give back the wait slots."""
+    def begin_flush(self, end: int) -> bool:
+        """Wake the hub once the log is flushed up to ``end``, instead of what was wanted before. True: that is decided now."""
+    def end_flush(self) -> None: ...
+    def flush_decided(self, end: int) -> bool:
+        """It is flushed up to there, or will not be."""
+
+class MessageWait:
+    """A coroutine's wait for a message. It begins at once: whoever makes one claimable from now on posts it. BrokerClosed."""
+    posted: bool
+    polls: bool     # it got no wait slot: it is to look whenever the hub does
+    seconds: float  # until it should look without being posted
+    def __init__(self, hub: Hub, consumer: ConsumerCore) -> None: ...
+    def end(self) -> None: ...
+    def pass_on(self) -> None:
+        """Behind the end, and the last look: if it was posted and there is more, wake another member of the group."""
 
 # ---- push consumers
 

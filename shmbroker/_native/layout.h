@@ -255,7 +255,7 @@ typedef struct {
     _Alignas(SB_LINE) sb_half state; /* SYNC: waiter */
     sb_half kind;                    /* enum sb_wait_kind. This and the next two: writer: the waiter, before state */
     sb_half group;                   /* consumers: slot of the group */
-    uint32_t reserved;
+    sb_half hub;                     /* slot + 1 whose semaphore is posted instead; 0: its own. Writer: as kind */
     sb_word target;                  /* flush, replication, space: a position */
     sb_word posted_ns;               /* when it was posted, for the janitor's backstop */
     sem_t wake;

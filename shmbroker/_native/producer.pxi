@@ -308,9 +308,16 @@ cdef class ProducerCore:
             lambda left: self.store(result, message, left, selector, argument, sharding_key, queue_id, dedup_key), timeout)
 
     @staticmethod
-    def _settle(SendResult result not None, int64_t deadline_ns):
+    def _settle(result, int64_t deadline_ns):
         """The status of a stored send, waited for until ``deadline_ns`` of CLOCK_MONOTONIC. Keeps no producer alive."""
-        result.status = durability(result.client, result.end_position, deadline_ns)
+        cdef BatchResult batch
+        cdef SendResult single
+        if type(result) is BatchResult:
+            batch = result
+            batch.status = durability(batch.client, batch.end_position, deadline_ns)
+        else:
+            single = result
+            single.status = durability(single.client, single.end_position, deadline_ns)
         return result
 
     def send_batch(self, messages, timeout=None, *, selector=None, argument=None, sharding_key=None, queue_id=None):

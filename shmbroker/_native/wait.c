@@ -25,6 +25,7 @@ int sb_waiter_take(sb_region *r, uint32_t client, uint32_t *slot)
         if (state == SB_WAIT_FREE &&
             atomic_compare_exchange_strong(&w->state, &state, ((client + 1) << 8) | SB_WAIT_IDLE)) {
             sb_raise(&sb_marks(r)->waiters_high, i + 1);
+            atomic_store(&w->hub, 0);
             *slot = i;
             return SB_OK;
         }
@@ -71,17 +72,24 @@ static int claim_post(sb_waiter *w)
     return atomic_compare_exchange_strong(&w->state, &state, with_wait(state, SB_WAIT_POSTED));
 }
 
-static uint32_t post(sb_waiter *w)
+/* Where the slot's thread sleeps. A slot that changes hands meanwhile makes this another thread's, which looks in vain. */
+static sem_t *semaphore_of(sb_region *r, sb_waiter *w)
+{
+    uint32_t hub = atomic_load_explicit(&w->hub, memory_order_relaxed);
+    return hub && hub <= r->limits.waiters ? &sb_waiter_at(r, hub - 1)->wake : &w->wake;
+}
+
+static uint32_t post(sb_region *r, sb_waiter *w)
 {
     if (!claim_post(w)) {
         return 0;
     }
     SB_FAILPOINT(wake_claimed);
-    (void)sem_post(&w->wake);
+    (void)sem_post(semaphore_of(r, w));
     return 1;
 }
 
-uint32_t sb_waiter_wake(sb_region *r, uint32_t slot) { return slot < r->limits.waiters ? post(sb_waiter_at(r, slot)) : 0; }
+uint32_t sb_waiter_wake(sb_region *r, uint32_t slot) { return slot < r->limits.waiters ? post(r, sb_waiter_at(r, slot)) : 0; }
 
 /* -- positions ---------------------------------------------------------------------------------------------------- */
 
@@ -165,6 +173,27 @@ int sb_wait_position(sb_region *r, uint32_t slot, uint32_t kind, uint64_t target
     return code;
 }
 
+int sb_position_look(sb_region *r, uint32_t kind, uint64_t target)
+{
+    const sb_word *word = word_of(r, kind);
+    return word ? position_state(r, word, target) : SB_INVALID;
+}
+
+int sb_wait_position_begin(sb_region *r, uint32_t slot, uint32_t kind, uint64_t target)
+{
+    sb_waiter *w = sb_waiter_at(r, slot);
+    begin_wait(w, kind, target);
+    int code = sb_position_look(r, kind, target);
+    if (code == SB_AGAIN) {
+        (void)sb_worker_post(r, helper_of(kind), 1);
+    } else {
+        end_wait(w);
+    }
+    return code;
+}
+
+void sb_wait_position_end(sb_region *r, uint32_t slot) { end_wait(sb_waiter_at(r, slot)); }
+
 static uint32_t waiters_in_use(const sb_region *r)
 {
     uint64_t high = sb_load(&sb_marks(r)->waiters_high);
@@ -179,7 +208,7 @@ uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached)
         sb_waiter *w = sb_waiter_at(r, i);
         if (wait_of(atomic_load_explicit(&w->state, memory_order_acquire)) == SB_WAIT_WAITING &&
             word_of(r, w->kind) == word_of(r, kind) && sb_load(&w->target) <= reached) {
-            posts += post(w);
+            posts += post(r, w);
         }
     }
     return posts;
@@ -214,7 +243,7 @@ uint32_t sb_wake_everybody(sb_region *r)
     uint32_t posts = 0, used = waiters_in_use(r);
     sb_fence();
     for (uint32_t i = 0; i < used; i++) {
-        posts += post(sb_waiter_at(r, i));
+        posts += post(r, sb_waiter_at(r, i));
     }
     return posts;
 }
@@ -284,7 +313,7 @@ static uint32_t wake_sleepers(sb_region *r, uint32_t topic, uint32_t only)
             }
             SB_FAILPOINT(wake_claimed);
             clear_sleeper(r, topic, slot);
-            (void)sem_post(&w->wake);
+            (void)sem_post(semaphore_of(r, w));
             if (posts < GROUPS_PER_WAKE) {
                 groups[posts] = group;
             }
@@ -313,6 +342,22 @@ uint32_t sb_wake_topics_since(sb_region *r, uint64_t from, uint64_t to)
         }
     }
     return posts;
+}
+
+/* -- hubs --------------------------------------------------------------------------------------------------------- */
+
+void sb_hub_join(sb_region *r, uint32_t hub, uint32_t slot) { atomic_store(&sb_waiter_at(r, slot)->hub, hub + 1); }
+
+int sb_hub_sleep(sb_region *r, uint32_t hub, int64_t deadline_ns)
+{
+    return sb_semaphore_wait(&sb_waiter_at(r, hub)->wake, deadline_ns);
+}
+
+void sb_hub_post(sb_region *r, uint32_t hub) { (void)sem_post(&sb_waiter_at(r, hub)->wake); }
+
+int sb_waiter_is_posted(const sb_region *r, uint32_t slot)
+{
+    return wait_of(atomic_load(&sb_waiter_at(r, slot)->state)) == SB_WAIT_POSTED; /* SYNC: waiter */
 }
 
 /* -- workers ------------------------------------------------------------------------------------------------------ */
@@ -377,12 +422,12 @@ uint32_t sb_wait_backstop(sb_region *r, int64_t now_ns)
         uint32_t state = wait_of(atomic_load(&w->state));
         if (state == SB_WAIT_POSTED && now_ns - (int64_t)sb_load(&w->posted_ns) > UNTAKEN_NS) {
             sb_store(&w->posted_ns, (uint64_t)now_ns); /* its poster died between CAS and post, or its owner is stopped */
-            (void)sem_post(&w->wake);
+            (void)sem_post(semaphore_of(r, w));
             posts++;
         } else if (state == SB_WAIT_WAITING) {
             const sb_word *word = word_of(r, w->kind);
             if (word && sb_load(word) >= sb_load(&w->target)) {
-                posts += post(w); /* the flusher died between publishing and posting */
+                posts += post(r, w); /* the flusher died between publishing and posting */
             }
         }
     }

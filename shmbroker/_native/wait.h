@@ -23,6 +23,18 @@ void sb_wait_message_begin(sb_region *r, uint32_t slot, uint32_t group, const ui
 int sb_wait_message_sleep(sb_region *r, uint32_t slot, int64_t deadline_ns);
 void sb_wait_message_end(sb_region *r, uint32_t slot, const uint32_t *topics, uint32_t count);
 
+/* An event loop sleeps in one thread for all of its waits: `hub` is the slot of that thread, and posts of the slots that are
+ * joined to it, each a wait, go to its semaphore. Which of them was posted stands in their states. */
+void sb_hub_join(sb_region *r, uint32_t hub, uint32_t slot);
+int sb_hub_sleep(sb_region *r, uint32_t hub, int64_t deadline_ns); /* SB_OK | SB_TIMEOUT | SB_INTERRUPTED */
+void sb_hub_post(sb_region *r, uint32_t hub);                      /* its own process wants it to look */
+int sb_waiter_is_posted(const sb_region *r, uint32_t slot);
+
+/* sb_wait_position in halves, for such a slot. begin: SB_AGAIN: it waits, until it is posted or ended; else the outcome. */
+int sb_wait_position_begin(sb_region *r, uint32_t slot, uint32_t kind, uint64_t target);
+void sb_wait_position_end(sb_region *r, uint32_t slot);
+int sb_position_look(sb_region *r, uint32_t kind, uint64_t target); /* the outcome now; SB_AGAIN: not yet */
+
 /* Post sleepers. All return the number of posts made; none makes a system call when nobody sleeps. */
 uint32_t sb_wake_position(sb_region *r, uint32_t kind, uint64_t reached); /* everybody who waits for this kind's word */
 uint32_t sb_publish_flushed(sb_region *r, uint64_t position);             /* flushed := position, and wake for it */

@@ -441,6 +441,50 @@ static void a_sender_gives_up_at_its_deadline_with_the_reason_and_nothing_stored
     broker_close(&b);
 }
 
+/* -- hubs --------------------------------------------------------------------------------------------------------- */
+
+static void one_thread_is_woken_for_all_waits_that_are_joined_to_its_hub(void)
+{
+    setup();
+    uint32_t hub = take(0), message = take(0), flush = take(0);
+    sb_hub_join(&b.r, hub, message);
+    sb_hub_join(&b.r, hub, flush);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, 1), SB_TIMEOUT);
+    sleep_for_topic(message, 0);
+    CHECK_EQ(sb_wait_position_begin(&b.r, flush, SB_WAIT_FLUSH, 8), SB_AGAIN);
+    CHECK_EQ(sb_wake_topic(&b.r, b.topic), 1);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, FAR), SB_OK);
+    CHECK(sb_waiter_is_posted(&b.r, message) && !sb_waiter_is_posted(&b.r, flush));
+    CHECK_EQ(sb_publish_flushed(&b.r, 8), 1);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, FAR), SB_OK);
+    CHECK(sb_waiter_is_posted(&b.r, flush));
+    CHECK_EQ(sb_wait_backstop(&b.r, sb_now_ns() + LATER_NS), 2); /* the loop is busy with something else */
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, FAR), SB_OK);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, FAR), SB_OK);
+    sb_wait_message_end(&b.r, message, &b.topic, 1);
+    sb_wait_position_end(&b.r, flush);
+    CHECK_EQ(sb_wait_position_begin(&b.r, flush, SB_WAIT_FLUSH, 8), SB_OK);
+    CHECK_EQ(state_of(flush), SB_WAIT_IDLE);
+    sb_hub_post(&b.r, hub);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, FAR), SB_OK);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, 1), SB_TIMEOUT);
+    broker_close(&b);
+}
+
+static void a_slot_that_leaves_its_hub_is_woken_itself_again(void)
+{
+    setup();
+    uint32_t hub = take(0), slot = take(0);
+    sb_hub_join(&b.r, hub, slot);
+    sb_waiter_give(&b.r, slot);
+    CHECK_EQ(take(1), slot);
+    sleep_for_topic(slot, 0);
+    CHECK_EQ(sb_wake_topic(&b.r, b.topic), 1);
+    CHECK_EQ(sb_wait_message_sleep(&b.r, slot, FAR), SB_OK);
+    CHECK_EQ(sb_hub_sleep(&b.r, hub, 1), SB_TIMEOUT);
+    broker_close(&b);
+}
+
 int main(int argc, char **argv)
 {
     static const check_test tests[] = {
@@ -460,6 +504,8 @@ int main(int argc, char **argv)
         TEST(a_worker_that_sleeps_over_work_is_posted_by_the_backstop),
         TEST(a_sender_waits_for_room_and_goes_on_when_it_comes),
         TEST(a_sender_gives_up_at_its_deadline_with_the_reason_and_nothing_stored),
+        TEST(one_thread_is_woken_for_all_waits_that_are_joined_to_its_hub),
+        TEST(a_slot_that_leaves_its_hub_is_woken_itself_again),
     };
     return CHECK_MAIN(tests);
 }
