@@ -10,13 +10,14 @@ TEST_PROCESSES ?= 4# whatever the number of cores: most tests wait, for processe
 # Container images like to set it; each of the thousand processes of the tests would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo venv test lint format native-test native-arm bench clean
+.PHONY: help demo venv test long-test lint format native-test native-arm bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         stream a text file through a broker whose processes are killed on the way; nothing may be lost"
 	@echo "make venv         the command alone, as .venv/bin/shmbroker"
 	@echo "make test         all Python tests               PYTEST_ARGS='-k ring' runs some of them"
+	@echo "make long-test    what would take the tests too long: hypothesis plays with the whole broker for half an hour"
 	@echo "make lint         ruff, mypy, cython-lint, import contracts, C warnings"
 	@echo "make native-test  the C tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make native-arm   compile the native core for 64-bit ARM"
@@ -30,6 +31,9 @@ venv: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+long-test: $(VENV)/.installed $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m shmbroker.tools.bench
