@@ -194,8 +194,9 @@ class Delivery(RuleBasedStateMachine):
     @rule(pick=PICK, who=WHO, level=st.sampled_from([0, 0, 0, -1]))
     def send_back(self, pick: int, who: int, level: int) -> None:
         if body := picked(pick, self.some_held(who)):
+            now = time.time()
             assert self.actors[who].ask("send_back", body, level)
-            self.fates[body].fail(level, dead=self.dead, body=body)
+            self.fates[body].fail(level, now=now, dead=self.dead, body=body)
 
     @rule(threads=st.integers(1, 4), salt=st.integers(1, 99), who=WHO)
     def push(self, threads: int, salt: int, who: int) -> None:
@@ -210,7 +211,7 @@ class Delivery(RuleBasedStateMachine):
                 if answer == "ok":
                     fate.where = "done"
                 else:
-                    fate.fail(-1 if answer == "dead" else 0, dead=self.dead, body=body)
+                    fate.fail(-1 if answer == "dead" else 0, now=time.time(), dead=self.dead, body=body)
         for stale in self.stale:
             stale -= {body for body, _ in expected}
         heard = self.actors[who].ask("push", threads, salt, expected.total())

@@ -11,7 +11,6 @@ A message with all its deliveries behind it is *spent*: whoever would receive it
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -43,13 +42,13 @@ class Fate:
     def give_back(self) -> None:
         self.where, self.holder = "ready", -1
 
-    def fail(self, level: int, *, dead: list[tuple[str, int]], body: str) -> None:
-        """Sent back behind its delivery ``attempts``."""
+    def fail(self, level: int, *, now: float, dead: list[tuple[str, int]], body: str) -> None:
+        """Sent back behind its delivery ``attempts``, at ``now`` or later."""
         self.holder = -1
         if level == -1 or self.attempts >= POLICY.max_deliveries:
             self.where = "dead"
             dead.append((body, self.attempts))
         elif delay := POLICY.delay(self.attempts, ()):
-            self.where, self.due = "pending", time.time() + delay
+            self.where, self.due = "pending", now + delay
         else:
             self.where = "ready"
