@@ -13,7 +13,7 @@ from typing import Final
 
 import pytest
 from support.command import shmbroker
-from support.consuming import deliverable, drain
+from support.consuming import ALL, deliverable, drain, send
 from support.running import log_records, running, wait_word
 
 from shmbroker import Message, Sql, sql
@@ -156,3 +156,25 @@ def test_a_hole_of_which_a_damaged_log_cannot_tell_is_counted_as_lost(
         assert consumer.lost == 10
         assert f"10 messages of orders[0], from offset {COUNT} on" in caplog.text
         assert [table["base"] for table in broker.region.progress()] == [2 * COUNT + 10]
+
+
+def test_each_piece_of_the_log_is_read_once_however_many_queues_lie_in_it(directory: Path) -> None:
+    queues, batches = 4, 100
+    with running(directory, segment_bytes="32 MiB") as broker:
+        broker.create_topic("orders", queues)
+        bodies = [b"%d " % number + bytes(1000) for number in range(100 * batches)]
+        for at in range(batches):  # each batch in one queue: so the queues are always some way apart
+            send(broker, *bodies[100 * at : 100 * (at + 1)], queue_id=at % queues)
+        end = broker.region.get("tail")
+        wait_word(broker, "dispatched", end)
+        with broker.simple_consumer("audit", ALL) as consumer:
+            before = bytes_read()
+            received = drain(consumer, len(bodies))
+            read = bytes_read() - before
+    assert sorted(received) == sorted(bodies)
+    assert end < read < 1.5 * end
+
+
+def bytes_read() -> int:
+    """By this process, from the disk or from memory: /proc/self/io."""
+    return int(Path("/proc/self/io").read_text().split()[1])

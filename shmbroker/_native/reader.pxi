@@ -4,6 +4,7 @@
 cdef enum:
     RUN_MAX = 128         # positions asked for at a time: an index block
     ENTRIES_AHEAD = 1024  # consume queue entries read at a time
+    WINDOW_OVERLAP = 16 << 10  # bytes of a window that the next one has again: a record that its end cuts in two
     UNREADABLE_MS = 60_000  # so long nobody tries again to prefetch what could not be read
 
 # One look for messages: how far they are visible, and from when until when what it finds is claimed (0: prefetched).
@@ -14,6 +15,14 @@ ctypedef struct Look:
     bint take_over  # what others have prefetched and not begun; else what nobody has
     sb_claim claim
     bint claimed  # `claim` is held for a message that is not among those found yet
+
+cdef inline const uint8_t *within(bytes window, uint64_t start, uint64_t position, uint64_t least, uint64_t *room) noexcept:
+    """The bytes at ``position`` of a window that begins at ``start``, if at least ``least`` of them are in it; else NULL."""
+    cdef uint64_t at = position - start
+    if window is None or position < start or at + least > <uint64_t>len(window):
+        return NULL
+    room[0] = <uint64_t>len(window) - at
+    return <const uint8_t *>PyBytes_AS_STRING(window) + at
 
 cdef inline bint stops(int code) noexcept:
     """Nothing more can be claimed in this queue now; see ``claim``."""
@@ -40,6 +49,8 @@ cdef class _QueueReader:
     cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
+    cdef bytes older             # the one before: its queues do not cross from one to the next all at once
+    cdef uint64_t older_start
     # Limits of one look for messages; a push consumer sets its own (push.pxi).
     cdef int64_t bytes_ahead                # bytes of records claimed by it
     cdef Py_ssize_t idle_room               # messages taken over from others who have not begun them
@@ -223,29 +234,41 @@ cdef class _QueueReader:
     # What has left the ring is on the disk, and what is there does not change: a window stays true as long as it is kept.
 
     cdef const uint8_t *in_window(self, uint64_t position, uint64_t least, uint64_t *room) noexcept:
-        """The window's bytes at ``position``, if it holds at least ``least`` of them; else NULL."""
-        cdef uint64_t at = position - self.window_start
-        if self.window is None or position < self.window_start or at + least > <uint64_t>len(self.window):
-            return NULL
-        room[0] = <uint64_t>len(self.window) - at
-        return <const uint8_t *>PyBytes_AS_STRING(self.window) + at
+        """The bytes at ``position`` in a window that holds at least ``least`` of them; else NULL."""
+        cdef const uint8_t *data = within(self.window, self.window_start, position, least, room)
+        return data if data != NULL else within(self.older, self.older_start, position, least, room)
 
     cdef int peek_window(self, sb_region *r, uint64_t position, sb_record *header) except -100:
-        """The header of the record at ``position``, with the whole of it in the window. SB_END: larger than a window."""
+        """The header of the record at ``position``, with the whole of it in a window. SB_END: larger than a window."""
+        cdef int code = self.peek_windows(r, position, header)
+        if code == SB_END:
+            self.read_window(self.next_window(r, position))
+            code = self.peek_windows(r, position, header)
+        if code == SB_END and self.window_start != position:
+            self.read_window(position)
+            code = self.peek_windows(r, position, header)
+        return code
+
+    cdef int peek_windows(self, sb_region *r, uint64_t position, sb_record *header) noexcept:
         cdef uint64_t room = 0
         cdef const uint8_t *data = self.in_window(position, SB_RECORD_HEADER, &room)
-        cdef int code = SB_END
-        if data != NULL:
-            code = sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 0)
-        if code == SB_END:
-            self.window = self._read_window(position)
-            self.window_start = position
-            data = self.in_window(position, SB_RECORD_HEADER, &room)
-            if data != NULL:
-                code = sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 0)
+        cdef int code = sb_record_check(data, room, position, r.segment_bytes, 0, r.epoch, 0) if data != NULL else SB_END
         if code == SB_OK:
             memcpy(header, data, sizeof(sb_record))
         return code
+
+    cdef int read_window(self, uint64_t position) except -1:
+        self.older, self.older_start = self.window, self.window_start
+        self.window, self.window_start = self._read_window(position), position
+        return 0
+
+    cdef uint64_t next_window(self, sb_region *r, uint64_t position) noexcept:
+        """Where to begin: a little before the end of the last one, if ``position`` lies not far behind that. The queues do
+        not reach it in the order of their messages, and what is left out would be read again for those that come later."""
+        cdef uint64_t size = <uint64_t>len(self.window) if self.window is not None else 0, end = self.window_start + size
+        if not end <= position < end + size // 2:
+            return position
+        return end if end % r.segment_bytes == 0 else end - min(size, WINDOW_OVERLAP)
 
     cdef const uint8_t *window_record(self, sb_region *r, uint64_t position, uint32_t size) noexcept:
         """A record that ``peek_window`` has seen, checked; NULL: it does not hold, or is not in the window any more."""
