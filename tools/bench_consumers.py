@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import shmbroker
 from shmbroker import ConsumeStatus, ReceivedMessage
+from shmbroker.naming import BrokerPaths
 from shmbroker.tools import inside
+from shmbroker.tools.bench_floors import record_bytes
 from shmbroker.tools.bench_processes import GROUP, TOPIC, Failed, messages
 
 BACKLOG: Final = 40_000  # messages kept waiting: enough for every prefetch, and well within the ring
@@ -57,21 +62,58 @@ def push(gate: Callable[[], None], directory: Path, count: int) -> float:
         return time.process_time() - begin
 
 
-def receive_lagging(gate: Callable[[], None], directory: Path, count: int, batch: int) -> tuple[float, float, int]:
-    """Receive and acknowledge ``count`` messages. Answers seconds, processor seconds, and bytes that the disk gave."""
+@dataclass(frozen=True, slots=True)
+class Caught:
+    """What a lagging consumer measures; sums over its parts."""
+
+    seconds: float
+    bare_seconds: float  # of reading the same bytes without a broker, a mebibyte after the other
+    processor: float
+    from_disk: int
+
+
+def receive_lagging(gate: Callable[[], None], directory: Path, count: int, batch: int, parts: int) -> Caught:
+    """Receive and acknowledge ``count`` messages, in parts; before each its files are read bare. All cold."""
+    log = BrokerPaths(directory).log
+    seconds = bare_seconds = processor = 0.0
+    from_disk = 0
     with shmbroker.open(directory) as broker, broker.simple_consumer(GROUP, {TOPIC: "*"}) as consumer:
+        files = sorted(log.iterdir())[: -(-count * record_bytes(1024) // broker.region.segment_bytes)]
         gate()
-        from_disk = _bytes_from_disk()
-        begin, begin_processor = time.perf_counter(), time.process_time()
-        left = count
-        while left > 0:
-            received = consumer.receive(max_messages=batch, wait=10.0)
-            if not received:
-                raise Failed(f"{left} of {count} messages did not come")
-            consumer.ack(received)
-            left -= len(received)
-        seconds, processor = time.perf_counter() - begin, time.process_time() - begin_processor
-        return seconds, processor, _bytes_from_disk() - from_disk
+        for part in range(parts):
+            forget(directory)
+            begin = time.perf_counter()
+            for file in files[len(files) * part // parts : len(files) * (part + 1) // parts]:
+                _read_bare(file)
+            bare_seconds += time.perf_counter() - begin
+            forget(directory)
+            from_disk -= _bytes_from_disk()
+            begin, begin_processor = time.perf_counter(), time.process_time()
+            left = count // parts
+            while left > 0:
+                received = consumer.receive(max_messages=min(batch, left), wait=10.0)
+                if not received:
+                    raise Failed(f"{left} of {count} messages did not come")
+                consumer.ack(received)
+                left -= len(received)
+            seconds += time.perf_counter() - begin
+            processor += time.process_time() - begin_processor
+            from_disk += _bytes_from_disk()
+    return Caught(seconds, bare_seconds, processor, from_disk)
+
+
+def forget(directory: Path) -> None:
+    """Have the kernel drop what it caches of a broker's files; what is not on the disk yet stays."""
+    for path in (path for path in directory.rglob("*") if path.is_file()):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bare(path: Path) -> None:
+    buffer = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def _bytes_from_disk() -> int:

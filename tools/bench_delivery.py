@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from shmbroker import Message
-from shmbroker.naming import BrokerPaths
 from shmbroker.tools import bench_consumers as consumers
 from shmbroker.tools import bench_processes as processes
 from shmbroker.tools import inside
@@ -91,8 +88,8 @@ def receive_and_ack(bench: Bench) -> Results:
 
 def lag(bench: Bench) -> Results:
     """A consumer that is 5 GiB behind, nothing of them in memory, beside producers who keep a pace."""
-    log_bytes = GIB if bench.quick else 5 * GIB
-    count = log_bytes // record_bytes(1024) // 100 * 100
+    gibibytes = 1 if bench.quick else 5
+    count = gibibytes * GIB // record_bytes(1024) // 100 * 100
     with bench.broker() as (broker, directory, region):
         broker.create_group(processes.GROUP)
         batch = processes.messages(100, 1024)
@@ -100,40 +97,17 @@ def lag(bench: Bench) -> Results:
             for _ in range(count // len(batch)):
                 producer.send_batch(batch, timeout=60.0)
         wait_until(lambda: inside.drained(region), "the last flush", 120)
-        forget(directory)
-        bare = read_bare(BrokerPaths(directory).log)
-        forget(directory)
+        lagging = (consumers.receive_lagging, (directory, count, RECEIVE_BATCH, 2 * gibibytes))
         beside = (consumers.send_beside, (directory, PACE // PRODUCERS, 1024, count))
-        lagging = (consumers.receive_lagging, (directory, count, RECEIVE_BATCH))
-        (seconds, processor, from_disk), *rates = processes.run_fleet([lagging, *[beside] * PRODUCERS], seconds=300)
-    name = f"a consumer {log_bytes // GIB} GiB behind, 1 KiB, from the disk"
-    note = f"{processor / count * 1e9:.0f} ns of processor time each; {from_disk / log_bytes:.0%} came from the disk"
-    rate = count * 1024 / seconds
-    yield Figure(name, rate, "B/s", bare, "cold 1 MiB reads", Target(at_least=400 * MIB), note)
-    name = f"{PRODUCERS} producers beside it, paced at {PACE:,} x 1 KiB/s"
+        caught, *rates = processes.run_fleet([lagging, *[beside] * PRODUCERS], seconds=300)
+    read = count * record_bytes(1024)
+    yield Figure(
+        f"a consumer {gibibytes} GiB behind, 1 KiB, from the disk, beside {PRODUCERS} producers",
+        read / caught.seconds, "B/s", read / caught.bare_seconds, "1 MiB reads beside them", Target(at_least=400 * MIB),
+        f"{caught.processor / count * 1e9:.0f} ns of processor time each; {caught.from_disk / read:.0%} from the disk",
+    )  # fmt: skip
+    name = f"the {PRODUCERS} producers, paced at {PACE:,} x 1 KiB/s"
     yield Figure(name, sum(rates), "1/s", PACE, "the pace", Target(at_least=0.99, of_floor=True))
-
-
-def forget(directory: Path) -> None:
-    """Have the kernel drop what it caches of a broker's files."""
-    for path in (path for path in directory.rglob("*") if path.is_file()):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fdatasync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-
-
-def read_bare(log: Path, most: int = GIB) -> float:
-    """Bytes per second of one reader who takes a megabyte after the other of a log."""
-    buffer, total = bytearray(MIB), 0
-    begin = time.perf_counter()
-    for path in sorted(log.iterdir()):
-        with path.open("rb", buffering=0) as file:
-            while total < most and (read := file.readinto(buffer)):
-                total += read
-    return total / (time.perf_counter() - begin)
 
 
 def many(bench: Bench) -> Results:

@@ -14,15 +14,16 @@ from support.waiting import wait_until
 
 @contextmanager
 def failing(injection: str, pid: int, log: Path, file: Path | None = None) -> Iterator[None]:
-    """System calls of the process's main thread fail as ``injection`` says (strace -e inject), noted in ``log``.
+    """System calls of the process's main thread fail as ``injection`` says, noted in ``log``.
 
-    With ``file`` only those on that file.
+    Rules of strace -e inject, with blanks between them. With ``file`` only calls on that file.
     """
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("needs strace")
     only = ["-P", str(file)] if file is not None else []
-    command = [strace, "-qq", "-o", str(log), *only, "-e", f"inject={injection}", "-p", str(pid)]
+    inject = [option for one in injection.split() for option in ("-e", f"inject={one}")]
+    command = [strace, "-qq", "-o", str(log), *only, *inject, "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         try:
             wait_until(lambda: is_traced(pid) or tracer.poll() is not None, "strace at work")
