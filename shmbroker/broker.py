@@ -260,6 +260,17 @@ class Broker(Handle):
             to_time=to_time, to_offset=to_offset, skip=skip, topic=topic, queue_id=queue_id,
         )  # fmt: skip
 
+    def pause_group(self, name: str) -> None:
+        """Hand out nothing to the group until it is resumed, in no process, across restarts too. Raises GroupNotExist.
+
+        What its members have in hand they may finish. Sends go on; what comes is kept for it.
+        """
+        self.region.set_paused(check_group(name), True)
+
+    def resume_group(self, name: str) -> None:
+        """Let a paused group go on. Raises GroupNotExist."""
+        self.region.set_paused(check_group(name), False)
+
     def delete_group(self, name: str) -> None:
         """Delete a consumer group, its progress and its retries; it keeps no log any more. Its dead letters stay.
 
@@ -275,7 +286,7 @@ class Broker(Handle):
         return self.region.topics()
 
     def groups(self) -> list[dict[str, Any]]:
-        """The groups: each one's name, group_id, subscription, subscription_set, and members (slots)."""
+        """The groups: each one's name, group_id, subscription, subscription_set, paused, and members (slots)."""
         return self.region.groups()
 
     def status(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ class PushConsumer(Handle, PushCore):
         return not self._stopping
 
     def _unwanted(self) -> bool:
-        return self._stopping or self._paused
+        return self._stopping or self._paused or self._group_paused
 
     def _clear(self, lane: Lane) -> None:
         """Give back what its thread has prefetched and not begun."""

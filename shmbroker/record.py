@@ -170,7 +170,7 @@ class GroupBody:
 
     ``subscription``: topic to tag expression or ``{"sql": expression}``, if it was set (R25) and is not what the first
     member brings along; of two, that of the larger ``generation`` counts. ``retry``: its retry policy, if one was set;
-    likewise.
+    likewise. ``pause_generation``: odd if it is paused; the largest counts.
     """
 
     name: str
@@ -179,6 +179,7 @@ class GroupBody:
     generation: int = 0
     retry: Mapping[str, Any] = field(default_factory=dict)
     retry_generation: int = 0
+    pause_generation: int = 0
     deleted: bool = False
 
     def encode(self) -> bytes:
@@ -190,12 +191,16 @@ class GroupBody:
             fields |= {"subscription": dict(self.subscription), "generation": self.generation}
         if self.retry:
             fields |= {"retry": dict(self.retry), "retry_generation": self.retry_generation}
+        if self.pause_generation:
+            fields["pause_generation"] = self.pause_generation
         return _encode(fields)
 
     def merged(self, other: GroupBody) -> GroupBody:
         """What two records about the same group say together."""
         subscribed, retried = max(self, other, key=_generation), max(self, other, key=_retry_generation)
-        return replace(subscribed, retry=retried.retry, retry_generation=retried.retry_generation)
+        pauses = max(self.pause_generation, other.pause_generation)
+        retry, generation = retried.retry, retried.retry_generation
+        return replace(subscribed, retry=retry, retry_generation=generation, pause_generation=pauses)
 
     @staticmethod
     def parse(body: bytes) -> GroupBody:
@@ -212,6 +217,8 @@ class GroupBody:
             retry, generation = fields["retry"], _integer(fields, "retry_generation", 1, _U32)
             parse_policy(json.dumps(retry))
             parsed = replace(parsed, retry=retry, retry_generation=generation)
+        if "pause_generation" in fields:
+            parsed = replace(parsed, pause_generation=_integer(fields, "pause_generation", 1, _U32))
         return parsed
 
 

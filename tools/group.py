@@ -12,7 +12,7 @@ from shmbroker.errors import GroupNotExist
 from shmbroker.retry import KINDS, RetryPolicy, parse_policy
 from shmbroker.tools import console, expressions, group_offsets
 from shmbroker.tools.command_group import CommandGroup
-from shmbroker.tools.group_lag import brief, lags
+from shmbroker.tools.group_lag import brief, lags, name_of
 from shmbroker.tools.session import Session, common_options, pass_session
 
 
@@ -27,11 +27,13 @@ def group() -> None:
     shmbroker group set-subscription audit --topic orders --tags 'paid || refunded'
     shmbroker group set-retry audit exponential --initial 1s --max 8
     shmbroker group reset audit --to-time 2h
+    shmbroker group pause audit
     shmbroker group delete oudit --yes
     """
 
 
-group.add_command(group_offsets.reset)
+for command in (group_offsets.reset, group_offsets.pause, group_offsets.resume):
+    group.add_command(command)
 
 
 @group.command(name="list")
@@ -51,7 +53,7 @@ def list_groups(session: Session) -> None:
     console.table(
         "",
         ["group", ">lag", ">bytes", ">oldest", ">in flight", ">log held back"],
-        [(lag["group"], *_cells(lag), console.size(lag["held_back_bytes"])) for lag in found],
+        [(name_of(lag), *_cells(lag), console.size(lag["held_back_bytes"])) for lag in found],
         empty="no groups",
     )
 
@@ -76,6 +78,7 @@ def show(session: Session, name: str) -> None:
             "subscription",
             _subscription(lag["subscription"]) or "no live member",
         ),
+        *([("paused", "members get nothing: `shmbroker group resume`")] if lag["paused"] else []),
         *(("not subscribed any more", _waiting(topic, count)) for topic, count in _unsubscribed(lag).items()),
         ("retry", str(parse_policy(json.dumps(lag["retry"]) if lag["retry"] else ""))),
         ("lag", "{} messages, {}, oldest {}".format(*_cells(lag)[:3])),

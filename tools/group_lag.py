@@ -19,12 +19,17 @@ _ENTRIES_PER_READ: Final = 16_384
 def lags(paths: BrokerPaths, region: Region) -> list[dict[str, Any]]:
     """One dictionary for each group, by name. Counts change while they are read: each alone is right, not their sum."""
     clients = {client["slot"]: client for client in region.clients() if client["live"]}
-    policies = {entry["name"]: json.loads(entry["retry"] or "null") for entry in region.groups()}
+    groups = {entry["name"]: entry for entry in region.groups()}
     with StoredMessages(paths, region) as messages:
         return [
-            _group(*consumed, clients, messages, region.get("tail")) | {"retry": policies.get(consumed[0])}
+            _group(*consumed, clients, messages, region.get("tail")) | _settings(groups.get(consumed[0]))
             for consumed in _consumed(region)
         ]
+
+
+def name_of(lag: dict[str, Any]) -> str:
+    """The group's name for people, with what they must know to read the rest."""
+    return f"{lag['group']} (paused)" if lag["paused"] else str(lag["group"])
 
 
 def brief(region: Region) -> list[dict[str, Any]]:
@@ -32,14 +37,21 @@ def brief(region: Region) -> list[dict[str, Any]]:
 
     From the memory alone: it opens no file, and costs the same however far a group is behind.
     """
+    paused = {entry["name"] for entry in region.groups() if entry["paused"]}
     return [
         {
             "group": name,
+            "paused": name in paused,
             "lag_messages": sum(map(_lag_messages, tables)),
             "in_flight": sum(table["held"] for table in tables),
         }
         for name, _, tables in _consumed(region)
     ]
+
+
+def _settings(group: dict[str, Any] | None) -> dict[str, Any]:
+    """None: it was deleted while we looked."""
+    return {"paused": bool(group and group["paused"]), "retry": json.loads((group and group["retry"]) or "null")}
 
 
 def _consumed(region: Region) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:

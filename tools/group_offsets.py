@@ -1,4 +1,4 @@
-"""``shmbroker group reset``: where a group goes on, set by hand."""
+"""``shmbroker group reset``, ``pause`` and ``resume``: where a group goes on, and whether."""
 
 from __future__ import annotations
 
@@ -59,6 +59,39 @@ def reset(
             console.print_json(answer)
         else:
             console.table("", ["topic", ">queue", ">was done to", ">goes on at"], [_cells(queue) for queue in answer])
+
+
+@click.command()
+@common_options
+@click.argument("name")
+@pass_session
+def pause(session: Session, name: str) -> None:
+    """Hand out nothing to a group until it is resumed: in no process, across restarts too.
+
+    \b
+    shmbroker group pause audit
+    shmbroker group resume audit
+
+    What its members have in hand they may finish. Sends go on; what comes is kept for the group.
+    """
+    with session.open() as broker:
+        broker.pause_group(name)
+    console.print_done(session, f"{name} is paused", {"group": name, "paused": True})
+
+
+@click.command()
+@common_options
+@click.argument("name")
+@pass_session
+def resume(session: Session, name: str) -> None:
+    """Let a paused group go on.
+
+    \b
+    shmbroker group resume audit
+    """
+    with session.open() as broker:
+        broker.resume_group(name)
+    console.print_done(session, f"{name} goes on", {"group": name, "paused": False})
 
 
 def _cells(queue: dict[str, Any]) -> tuple[str, int, str, str]:

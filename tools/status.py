@@ -82,7 +82,9 @@ def _summary(health: dict[str, Any]) -> None:
 
 
 def _groups(lags: list[dict[str, Any]]) -> None:
-    rows = [(lag["group"], f"{lag['lag_messages']:,}", f"{lag['in_flight']:,}") for lag in lags]
+    from shmbroker.tools.group_lag import name_of
+
+    rows = [(name_of(lag), f"{lag['lag_messages']:,}", f"{lag['in_flight']:,}") for lag in lags]
     console.table("groups", ["group", ">lag in messages", ">in flight"], rows)
 
 

@@ -305,6 +305,9 @@ class Region:
         generation that the log says."""
     def set_retry(self, name: str, text: bytes, generation: int = 0, record: bool = True) -> None:
         """The group's retry policy from now on, as JSON; else as set_subscription."""
+    def set_paused(self, name: str, paused: bool, generation: int = 0, record: bool = True) -> None:
+        """Members get nothing until they are resumed. Nothing changes if it is so already; else as set_subscription. Recovery
+        (record False) gives the generation, which says whether it is paused."""
     def retry_text(self, name: str) -> str:
         """The group's retry policy as JSON; empty: the default one. Raises GroupNotExist."""
     def wake_everybody(self) -> None:
@@ -315,7 +318,7 @@ class Region:
         """Each: name, topic_id, permission, queues: [{queue_id, slot, next_offset, first_offset, index_first, bytes}]."""
     def groups(self) -> list[dict[str, Any]]:
         """Each: name, group_id, slot, subscription (JSON), subscription_set: by set_subscription, not by its members,
-        subscription_generation, retry (JSON, empty: the default policy), retry_generation, members: the slots of the clients that consume in it."""
+        subscription_generation, retry (JSON, empty: the default policy), retry_generation, paused, pause_generation, members: the slots of the clients that consume in it."""
     def restore_queue(self, topic_id: int, queue_id: int, next_offset: int, first_offset: int) -> None:
         """Recovery only: a queue's next offset and the first the log still has; both only grow."""
     def restore_index(self, topic_id: int, queue_id: int, offset: int, positions: bytes) -> None:
@@ -526,6 +529,8 @@ class PushCore:
     ) -> None: ...
     def _fill(self, lane: Lane, wait: float) -> bool: ...
     def _give_back(self, lane: Lane) -> None: ...
+    @property
+    def _group_paused(self) -> bool: ...
     def _call_off(self) -> None: ...
     def _call_on(self) -> None: ...
     def _run(self, lane: Lane, alone: bool) -> bool: ...

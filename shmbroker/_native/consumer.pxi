@@ -135,8 +135,7 @@ cdef class ConsumerCore(_Member):
                         usleep(1000)
                 check_signals()
                 continue
-            count = self.topic_slots(topics)
-            sb_wait_message_begin(r, waiter, self.group_slot, topics, count)
+            count = self.begin_wait(r, waiter, topics)
             try:  # once more, now that whoever appends sees us
                 out = self.collect(r, room, invisible_ms)
                 until = min(deadline_ns, self.next_deadline(r))
@@ -155,6 +154,19 @@ cdef class ConsumerCore(_Member):
             if code != SB_OK:  # nobody has posted: a signal interrupts the sleep, or has come just before it
                 check_signals()
 
+    cdef uint32_t begin_wait(self, sb_region *r, uint32_t waiter, uint32_t *topics) noexcept:
+        """From now on whoever sends wakes us; the caller looks once more. In a paused group only its resume does, which wakes
+        everybody: it sees us, or we see it. Returns how many topics there are, for the end of the wait."""
+        cdef uint32_t count
+        cdef bint paused
+        while True:
+            paused = self.is_paused(r)
+            count = 0 if paused else self.topic_slots(topics)
+            sb_wait_message_begin(r, waiter, self.group_slot, topics, count)
+            if paused == self.is_paused(r):
+                return count
+            sb_wait_message_end(r, waiter, topics, count)
+
     cdef uint32_t topic_slots(self, uint32_t *slots) noexcept:
         cdef uint32_t count = 0
         cdef _Source source
@@ -169,6 +181,8 @@ cdef class ConsumerCore(_Member):
         cdef int64_t now = sb_now_ns(), best = NO_DEADLINE, left
         cdef uint64_t hint
         cdef _Source source
+        if self.is_paused(r):
+            return best
         if self.stalled:
             best = now + STALLED_NS
         for source in self.sources:

@@ -29,6 +29,10 @@ int sb_group_set_subscription(sb_region *r, const char *name, const char *text, 
 /* The same for its retry policy. */
 int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record, int64_t deadline_ns,
                        uint64_t *needed);
+/* Its members get nothing until it is resumed; record 0: the generation says which. SB_OK, also if nothing changes |
+ * SB_NOT_FOUND | codes of sb_append */
+int sb_group_set_paused(sb_region *r, const char *name, int paused, uint64_t generation, int record, int64_t deadline_ns,
+                        uint64_t *needed);
 /* With the topic of its retries, if it has one. As sb_topic_delete | SB_IN_USE: a live client consumes in it */
 int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed);
 

@@ -27,6 +27,7 @@ static int define_group_locked(sb_region *r, const char *name, uint32_t group_id
         memset(g->subscription, 0, sizeof g->subscription);
         memset(g->retry, 0, sizeof g->retry);
         sb_store(&g->subscription_set, 0);
+        sb_store(&g->pause_generation, 0);
         sb_change_word(&c, &g->state, SB_SLOT_LIVE);
         if (group_id >= next) {
             sb_change_word(&c, &sb_marks(r)->next_group_id, (uint64_t)group_id + 1);
@@ -107,6 +108,28 @@ int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_
                        uint64_t *needed)
 {
     return set_text(r, name, retry_of, text, generation, record, deadline_ns, needed);
+}
+
+int sb_group_set_paused(sb_region *r, const char *name, int paused, uint64_t generation, int record, int64_t deadline_ns, uint64_t *needed)
+{
+    uint32_t slot;
+    int code = sb_definition_lock(r, deadline_ns);
+    if (code != SB_OK) {
+        return code;
+    }
+    code = sb_group_find(r, name, &slot);
+    if (code == SB_OK && (!record || sb_group_is_paused(r, slot) != paused)) {
+        sb_change c = {.count = 0};
+        char body[SB_CHANGE_BODY_BYTES];
+        sb_group *g = sb_group_at(r, slot);
+        generation = record ? sb_load(&g->pause_generation) + 1 : generation;
+        sb_change_word(&c, &g->pause_generation, generation); /* SYNC: pause */
+        (void)snprintf(body, sizeof body, "{\"op\":\"define\",\"name\":\"%s\",\"group_id\":%u,\"pause_generation\":%llu}", name,
+                       g->group_id, (unsigned long long)generation);
+        code = sb_change_apply(r, &c, SB_KIND_GROUP, body, record, deadline_ns, needed);
+    }
+    sb_definition_unlock(r);
+    return code;
 }
 
 int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed)

@@ -132,8 +132,7 @@ cdef class MessageWait:
         if self.slot == SB_NIL:
             hub.slotless += 1
         else:
-            self.count = consumer.topic_slots(self.topics)
-            sb_wait_message_begin(r, self.slot, consumer.group_slot, self.topics, self.count)
+            self.count = consumer.begin_wait(r, self.slot, self.topics)
         self.begun = True
 
     @property

@@ -320,6 +320,7 @@ typedef struct {
     sb_word subscription_set;        /* 1: by `group set-subscription`, as a record of the log says; append effect */
     char name[SB_NAME_BYTES];
     char subscription[2][SB_SUBSCRIPTION_BYTES]; /* JSON, empty before the first; only the one not in force is written */
+    sb_word pause_generation; /* odd: paused, its members get nothing; append effect. SYNC: pause */
     sb_word retry_generation;                 /* the same for the retry policy; append effect. SYNC: subscription */
     char retry[2][SB_SUBSCRIPTION_BYTES];     /* JSON, empty: the default policy */
     sb_word members[SB_CLIENT_WORDS];         /* bit c: client slot c consumes in this group */

@@ -126,6 +126,9 @@ cdef class _Member(_QueueReader):
             self.refresh(r)
         return r
 
+    cdef bint is_paused(self, sb_region *r) noexcept:
+        return self.joined and sb_group_is_paused(r, self.group_slot)
+
     # -- which queues
 
     cdef int refresh(self, sb_region *r) except -1:

@@ -15,6 +15,10 @@ void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot);
 /* A copy of the subscription, or retry policy, in force, SB_SUBSCRIPTION_BYTES with its NUL; returns its generation. No lock. */
 uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text);
 uint64_t sb_group_retry(const sb_region *r, uint32_t group, char *text);
+static inline int sb_group_is_paused(const sb_region *r, uint32_t group)
+{
+    return (int)(sb_load(&sb_group_at(r, group)->pause_generation) & 1u); /* SYNC: pause */
+}
 /* `place`: where the text of a generation stands; to be written before the generation is stored, under the definition lock. */
 void sb_group_prepare_text(char *place, const char *text);
 /* Does a live client consume in it? Under the definition lock the answer stands until the lock is given back. */

@@ -163,6 +163,7 @@ cdef extern from "layout.h" nogil:
         sb_word subscription_generation
         sb_word subscription_set
         char name[256]
+        sb_word pause_generation
         sb_word members[64]
     ctypedef struct sb_known_id:
         uint64_t incarnation
@@ -287,6 +288,8 @@ cdef extern from "definition.h" nogil:
                                   int64_t deadline_ns, uint64_t *needed)
     int sb_group_set_retry(sb_region *r, const char *name, const char *text, uint64_t generation, int record,
                            int64_t deadline_ns, uint64_t *needed)
+    int sb_group_set_paused(sb_region *r, const char *name, int paused, uint64_t generation, int record, int64_t deadline_ns,
+                            uint64_t *needed)
     int sb_group_delete(sb_region *r, const char *name, const char *retry_topic, int64_t deadline_ns, uint64_t *needed)
     int sb_definition_lock(sb_region *r, int64_t deadline_ns)
     void sb_definition_unlock(sb_region *r)
@@ -296,6 +299,7 @@ cdef extern from "membership.h" nogil:
                       int64_t deadline_ns, uint64_t *generation)
     void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
     uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
+    bint sb_group_is_paused(const sb_region *r, uint32_t group)
     uint64_t sb_group_retry(const sb_region *r, uint32_t group, char *text)
 
 cdef extern from "queue_index.h" nogil:

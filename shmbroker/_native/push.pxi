@@ -140,6 +140,11 @@ cdef class PushCore:
             let_go(message)
         give_back(left)
 
+    @property
+    def _group_paused(self):
+        cdef Client client = self.consumer.client
+        return not client.closed and self.consumer.is_paused(&client.region.r)
+
     def _call_off(self):
         self.consumer.call_off()
 
@@ -149,14 +154,17 @@ cdef class PushCore:
     # -- running
 
     def _run(self, Lane lane not None, bint alone):
-        """Hand the lane's messages to the listener. Returns early when the consumer is called off, when another lane wants
-        to be alone; and before a message with a crash on its record, which is begun only if ``alone``: True then."""
+        """Hand the lane's messages to the listener. Returns early when the consumer is called off or its group paused, or
+        when another lane wants to be alone; and before a message with a crash on its record, which is begun only if
+        ``alone``: True then."""
         cdef ConsumerCore consumer = self.consumer
+        cdef sb_region *r = consumer.client.check()
         cdef ReceivedMessage message
         cdef int64_t now = sb_now_ns()
         lane.settled_ns = now
         try:
-            while lane.begun < len(lane.ahead) and not consumer.called_off and (alone or not held_back):
+            while (lane.begun < len(lane.ahead) and not consumer.called_off and not consumer.is_paused(r)
+                    and (alone or not held_back)):
                 message = <ReceivedMessage>lane.ahead[lane.begun]
                 if not alone and sb_claim_attempts(message.receipt):
                     return True

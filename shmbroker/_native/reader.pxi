@@ -453,6 +453,8 @@ cdef class _QueueReader:
         look.deadline_ms = sb_claim_deadline_after(look.now_ms, invisible_ms) if invisible_ms else 0
         self.turn += 1
         self.stalled = False
+        if self.is_paused(r):
+            return out
         for i in range(count):
             if len(out) >= room:
                 break
@@ -472,6 +474,10 @@ cdef class _QueueReader:
         if not out:
             self.nothing_found(r)
         return out
+
+    cdef bint is_paused(self, sb_region *r) noexcept:
+        """Nobody of the group gets anything now."""
+        return False
 
     cdef int nothing_found(self, sb_region *r) except -1:
         """Whatever kept messages from being found is said once nothing else is to be had."""

@@ -314,6 +314,7 @@ cdef class Region:
         cdef bytes encoded = name.encode()
         cdef const char *c_name = encoded
         cdef bint topic = what.endswith("topic"), delete = what.startswith("deleting"), retry = "retry" in what
+        cdef bint pausing = what.startswith("pausing"), resuming = what.startswith("resuming")
         cdef int64_t deadline = sb_now_ns() + DEFINE_TIMEOUT_NS, slice
         cdef uint64_t needed = 0
         cdef int code = SB_TIMEOUT
@@ -321,7 +322,9 @@ cdef class Region:
             check_signals()
             slice = min(deadline, sb_now_ns() + SLICE_NS)
             with nogil:
-                if topic and delete:
+                if pausing or resuming:
+                    code = sb_group_set_paused(r, c_name, pausing, number, record, slice, &needed)
+                elif topic and delete:
                     code = sb_topic_delete(r, c_name, slice, &needed)
                 elif topic:
                     code = sb_topic_define(r, c_name, queues, permission, number, record, slice, slot, &needed)
@@ -385,6 +388,14 @@ cdef class Region:
         cdef uint32_t slot = 0
         if self.define("setting the retry policy of group", name, 0, 0, generation, record, &slot, text) == SB_NOT_FOUND:
             raise _errors.GroupNotExist(f"group {name!r} does not exist")
+
+    def set_paused(self, str name, bint paused, uint32_t generation=0, bint record=True):
+        cdef uint32_t slot = 0
+        cdef str what = "pausing group" if paused else "resuming group"
+        if self.define(what, name, 0, 0, generation, record, &slot) == SB_NOT_FOUND:
+            raise _errors.GroupNotExist(f"group {name!r} does not exist")
+        if record:
+            sb_wake_everybody(&self.r)  # who sleeps in a paused group hears of no message
 
     def retry_text(self, str name):
         cdef char text[SB_SUBSCRIPTION_BYTES]
@@ -502,6 +513,7 @@ cdef class Region:
                     "subscription": text.decode("ascii", "replace"), "subscription_set": bool(sb_load(&g.subscription_set)),
                     "subscription_generation": generation,
                     "retry": retry.decode("ascii", "replace"), "retry_generation": retry_generation,
+                    "paused": sb_group_is_paused(r, i), "pause_generation": sb_load(&g.pause_generation),
                     "members": [c for c in range(r.limits.clients) if sb_load(&g.members[c // 64]) >> (c % 64) & 1],
                 })
         return result

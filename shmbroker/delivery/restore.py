@@ -125,6 +125,8 @@ class Restoration:
             if group.retry:
                 text = json.dumps(dict(group.retry), sort_keys=True, separators=(",", ":")).encode()
                 region.set_retry(group.name, text, group.retry_generation, record=False)
+            if group.pause_generation:
+                region.set_paused(group.name, group.pause_generation % 2 == 1, group.pause_generation, record=False)
         for word, value in self._next_ids.items():
             region.raise_to(word, value)
         # Newest first: its unacknowledged claims are all that ever was there at one time. In the order of the log, what

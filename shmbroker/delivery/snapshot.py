@@ -83,7 +83,7 @@ def _group_body(group: dict[str, Any]) -> bytes:
         body = replace(body, subscription=subscription, generation=group["subscription_generation"])
     if group["retry"]:
         body = replace(body, retry=json.loads(group["retry"]), retry_generation=group["retry_generation"])
-    return body.encode()
+    return replace(body, pause_generation=group["pause_generation"]).encode()
 
 
 def _record_bytes(body: bytes) -> int:
