@@ -9,29 +9,24 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmbroker import access, failpoint
 from shmbroker._native._core import Client, Region
 from shmbroker.attachment import OPEN_TIMEOUT, Attachment, await_service, connect, is_owner, keep_supervised
 from shmbroker.config import Config, load
-from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, GroupNotExist, NotReady, TopicNotExist
-from shmbroker.handle import Handle
+from shmbroker.definitions import Definitions
+from shmbroker.errors import BadRequest, BrokerClosed, ConfigError, NotReady
 from shmbroker.log_files import LogFiles
-from shmbroker.naming import PERMISSIONS, RETRY_PREFIX, BrokerPaths, check_group, check_topic, permission_name
-from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
+from shmbroker.naming import BrokerPaths, check_group
 
 if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.dead_letters import DeadLetters
-    from shmbroker.group_reset import QueueReset
     from shmbroker.producer import Producer
     from shmbroker.push_consumer import Listener, PushConsumer
     from shmbroker.selector import Sql
-
-QUEUES_MAX: Final = 1024
 
 Child = TypeVar("Child")
 
@@ -63,7 +58,7 @@ def open(  # noqa: A001 - as in gzip.open
         raise access.explained(error, paths) from error
 
 
-class Broker(Handle):
+class Broker(Definitions):
     """A process's handle of a running broker: makes producers and consumers, manages topics. Thread-safe.
 
     A context manager; ``close`` closes what was made through it. After a fork the child's first use registers it anew
@@ -165,129 +160,11 @@ class Broker(Handle):
         self._listening.add(consumer)
         return consumer
 
-    def create_topic(self, name: str, queues: int | None = None, permission: int | str = "rw") -> None:
-        """Make a topic; once more as it stands changes nothing. Raises NameIllegal, LimitReached, BadRequest.
-
-        ``permission``: ``"r"``, ``"w"`` or ``"rw"``, or RocketMQ's number for it (4, 2, 6).
-        """
-        queues = self.config.runtime.default_topic_queues if queues is None else _check_queues(queues)
-        bits = _permission_bits(permission)
-        found = self._find_topic(check_topic(name))
-        if found is None:
-            self.region.define_topic(name, queues, bits)
-        elif (len(found["queues"]), found["permission"]) != (queues, bits):
-            raise BadRequest(
-                f"topic {name!r} exists, with {len(found['queues'])} queues and permission "
-                f"{permission_name(found['permission'])}: alter it instead"
-            )
-
-    def alter_topic(self, name: str, queues: int | None = None, permission: int | str | None = None) -> None:
-        """Give a topic more queues or another permission. Raises TopicNotExist, BadRequest (fewer queues)."""
-        found = self._require_topic(name)
-        queues = len(found["queues"]) if queues is None else _check_queues(queues)
-        if queues < len(found["queues"]):
-            raise BadRequest(f"topic {name!r} has {len(found['queues'])} queues and cannot lose any")
-        bits = found["permission"] if permission is None else _permission_bits(permission)
-        self.region.define_topic(name, queues, bits)
-
-    def delete_topic(self, name: str) -> None:
-        """Delete a topic and its messages, for every group. Raises TopicNotExist."""
-        self._require_topic(name)
-        self.region.delete_topic(name)
-
-    def set_subscription(self, group: str, subscriptions: Mapping[str, str | Sql]) -> None:
-        """Switch a group to another subscription, topic to tag or SQL expression, all members at once.
-
-        Live members take it over at their next receive; it stands in the log, and a consumer that subscribes to
-        anything else is refused from now on. Raises GroupNotExist, TopicNotExist (auto_create_topics is off),
-        BadRequest.
-        """
-        from shmbroker.consumer import define_topics
-        from shmbroker.subscription import format_subscription, parse_subscriptions
-
-        wanted = parse_subscriptions(subscriptions)
-        text = format_subscription(wanted)
-        if all(known["name"] != group for known in self.region.groups()):
-            raise GroupNotExist(f"group {group!r} does not exist")
-        define_topics(self.region, wanted, self.config)
-        self.region.set_subscription(group, text)
-
     def dead_letters(self, group: str) -> DeadLetters:
         """The group's dead letters, to be read, sent again or given up. Raises TopicNotExist if it never had any."""
         from shmbroker.dead_letters import DeadLetters
 
         return self._adopt(DeadLetters(self, check_group(group)))
-
-    def create_group(self, name: str, retry: RetryPolicy | None = None) -> None:
-        """Make a consumer group before its first consumer does. Raises NameIllegal, LimitReached, BadRequest.
-
-        ``retry``: its retry policy. Once more as it stands changes nothing.
-        """
-        known = {group["name"]: group for group in self.region.groups()}
-        self.region.define_group(check_group(name))
-        wanted = "" if retry is None else retry.encode()
-        found = known[name]["retry"] if name in known else ""
-        if name not in known and wanted:
-            self.set_retry(name, retry)
-        elif name in known and parse_policy(found) != parse_policy(wanted):
-            raise BadRequest(f"group {name!r} exists, with {parse_policy(found)}: set its retry policy instead")
-
-    def set_retry(self, group: str, retry: RetryPolicy | None) -> None:
-        """How failed messages of the group are tried again from now on; None: by default. Raises GroupNotExist."""
-        self.region.set_retry(check_group(group), (retry or DEFAULT_POLICY).encode().encode())
-
-    def reset_group(
-        self,
-        group: str,
-        *,
-        to_time: float | datetime | None = None,
-        to_offset: int | None = None,
-        skip: bool = False,
-        topic: str | None = None,
-        queue_id: int | None = None,
-    ) -> list[QueueReset]:
-        """Set where the group goes on, in all that it consumes, or in one topic or queue; one of the three says where.
-
-        ``to_time`` (seconds since 1970, or a datetime): with what was sent from then on; ``to_offset``: of one queue;
-        ``skip``: behind all that there is, retries included. Live members go on from there at once; what they have in
-        hand of these queues is theirs no more. Raises GroupNotExist, TopicNotExist, QueueNotExist, BadRequest,
-        LimitReached (no free claim table), Retryable, NeedsOperator.
-        """
-        from shmbroker import group_reset
-
-        return group_reset.reset_group(
-            self.region, self.files, check_group(group),
-            to_time=to_time, to_offset=to_offset, skip=skip, topic=topic, queue_id=queue_id,
-        )  # fmt: skip
-
-    def pause_group(self, name: str) -> None:
-        """Hand out nothing to the group until it is resumed, in no process, across restarts too. Raises GroupNotExist.
-
-        What its members have in hand they may finish. Sends go on; what comes is kept for it.
-        """
-        self.region.set_paused(check_group(name), True)
-
-    def resume_group(self, name: str) -> None:
-        """Let a paused group go on. Raises GroupNotExist."""
-        self.region.set_paused(check_group(name), False)
-
-    def delete_group(self, name: str) -> None:
-        """Delete a consumer group, its progress and its retries; it keeps no log any more. Its dead letters stay.
-
-        A group that is made again under this name begins like a new one. Raises GroupNotExist, GroupInUse.
-        """
-        self.region.delete_group(check_group(name), RETRY_PREFIX + name)
-
-    def topics(self) -> list[dict[str, Any]]:
-        """Each: name, topic_id, permission, and queues: queue_id, first_offset, next_offset, bytes.
-
-        ``bytes`` counts bodies since the broker's memory was made: from 0 again after a clean stop.
-        """
-        return self.region.topics()
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The groups: each one's name, group_id, subscription, subscription_set, paused, and members (slots)."""
-        return self.region.groups()
 
     def status(self) -> dict[str, Any]:
         """What ``shmbroker status --json`` shows."""
@@ -354,15 +231,6 @@ class Broker(Handle):
         self._children.add(child)
         return child
 
-    def _find_topic(self, name: str) -> dict[str, Any] | None:
-        return next((topic for topic in self.region.topics() if topic["name"] == name), None)
-
-    def _require_topic(self, name: str) -> dict[str, Any]:
-        found = self._find_topic(check_topic(name))
-        if found is None:
-            raise TopicNotExist(f"topic {name!r} does not exist")
-        return found
-
     def _serving(self) -> tuple[Region, bytes]:
         self.attach()
         return self._attached.region, bytes.fromhex(self._attached.descriptor.store)
@@ -392,16 +260,3 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and value >= 0
-
-
-def _check_queues(queues: int) -> int:
-    if type(queues) is not int or not 1 <= queues <= QUEUES_MAX:
-        raise BadRequest(f"queues = {queues!r}: must be an integer from 1 to {QUEUES_MAX}")
-    return queues
-
-
-def _permission_bits(permission: int | str) -> int:
-    for name, bits in PERMISSIONS.items():
-        if permission in (name, bits):
-            return bits
-    raise BadRequest(f"permission = {permission!r}: must be 'r' (read), 'w' (write) or 'rw' (both)")
