@@ -35,6 +35,7 @@ class LogFiles:
         self._serving_of_owner = weakref.WeakMethod(serving)
         self._lock = threading.Lock()
         self._opened: tuple[LogReader, ConsumeQueues] | None = None
+        self._holes: dict[tuple[int, int, int], Hole] = {}  # without an end; who waits for it asks again and again
 
     def read_log(self, position: int) -> bytes:
         """The record at ``position``. Raises PositionGone, CorruptLog."""
@@ -49,14 +50,25 @@ class LogFiles:
             limit = min(region.get("flushed"), region.get("dispatched"))
             return queues.read(topic_id, queue_id, offset, count, limit)
 
-    def hole_at(self, topic_id: int, queue_id: int, offset: int) -> Hole | None:
-        """What the log knows of an offset without an entry. None: no message is behind it yet. Raises CorruptLog."""
-        from shmbroker.store.queue_hole import examine
+    def hole_at(self, topic_id: int, queue_id: int, offset: int) -> tuple[int, bool] | None:
+        """The first offset behind the hole at ``offset``, and whether the log is whole there and has no message for it.
 
+        None: nothing is behind it yet. Raises CorruptLog.
+        """
+        from shmbroker.store.queue_hole import Hole, examine
+
+        asked = topic_id, queue_id, offset
         with self._lock:
             region, log, queues = self._open()
             start, end = region.get("kept"), min(region.get("flushed"), region.get("dispatched"))
-            return examine(log, region.segment_bytes, queues, (topic_id, queue_id), offset, start, end)
+            known = self._holes.pop(asked, Hole(None, True, start))
+            if known.seen < end:
+                found = examine(log, region.segment_bytes, queues, asked[:2], offset, max(start, known.seen), end)
+                known = Hole(found.end, found.sound and known.sound, found.seen)
+            if known.end is None:
+                self._holes[asked] = known
+                return None
+            return known.end, known.sound
 
     def read_entries(self, topic_id: int, queue_id: int, offset: int, count: int) -> bytes:
         """Packed consume queue entries (``<QII``: position, size, tag hash) as the file has them, holes as zeros."""
@@ -88,6 +100,7 @@ class LogFiles:
             for opened in self._opened or ():
                 opened.close()
             self._opened = None
+            self._holes.clear()
 
     def _serving(self) -> tuple[Region, bytes]:
         serving = self._serving_of_owner()

@@ -124,6 +124,19 @@ def test_entries_that_the_disk_has_lost_are_no_hole_and_come_back_with_a_rebuild
         assert deliverable(broker, "audit", tags) == (set(range(VICTIM, COUNT)), [])
 
 
+@pytest.mark.parametrize("lost", [1, COUNT], ids=["the last", "all"])
+def test_entries_that_the_end_of_a_file_has_lost_are_told_and_not_waited_for(stored: Path, lost: int) -> None:
+    """A start cuts zeros at the end off: nobody would see any more that there was something."""
+    overwrite_entries(stored, COUNT - lost, bytes(lost * ENTRY_BYTES))
+    with running(stored) as broker:
+        numbers, damages = deliverable(broker, "audit")
+        assert numbers == set(range(COUNT - lost))
+        assert re.search(rf"queues/1/0/0+: offset {COUNT - lost}: no entry", str(damages[0]))
+    assert shmbroker(stored, "log", "rebuild", "--replace").returncode == 0
+    with running(stored) as broker:
+        assert deliverable(broker, "audit") == (set(range(COUNT - lost, COUNT)), [])
+
+
 def make_hole(directory: Path) -> None:
     """Behind the last message, as a recovery does that found progress beyond a cut (R4); then as many messages."""
     with running(directory) as broker, broker.producer("test") as producer:

@@ -11,9 +11,9 @@ from support.store_builder import SEGMENT, STORE, StoreBuilder
 
 from shmbroker._native._core import dispatch_scan
 from shmbroker.errors import CorruptLog
+from shmbroker.store import queue_hole
 from shmbroker.store.commit_log import LogReader
 from shmbroker.store.consume_queue import ENTRY_BYTES, ConsumeQueues
-from shmbroker.store.queue_hole import Hole, examine
 
 HOLE: Final = range(40, 60)  # between 40 messages and 40
 END: Final = 100
@@ -42,10 +42,13 @@ def queues(log: StoreBuilder) -> Iterator[ConsumeQueues]:
     queues.close()
 
 
-def judge(log: StoreBuilder, queues: ConsumeQueues, offset: int, start: int = 0, end: int = 1 << 60) -> Hole | None:
+def judge(
+    log: StoreBuilder, queues: ConsumeQueues, offset: int, start: int = 0, end: int = 1 << 60
+) -> tuple[int, bool] | None:
     reader = LogReader(log.log, SEGMENT, STORE, window_bytes=1024)
     try:
-        return examine(reader, SEGMENT, queues, (1, 0), offset, start, end)
+        hole = queue_hole.examine(reader, SEGMENT, queues, (1, 0), offset, start, min(end, log.position))
+        return (hole.end, hole.sound) if hole.end is not None else None
     finally:
         reader.close()
 
@@ -59,7 +62,7 @@ def place_of(log: StoreBuilder, queues: ConsumeQueues, offset: int) -> int:
 def test_offsets_that_no_message_was_given_are_a_hole_up_to_the_next_one(
     log: StoreBuilder, queues: ConsumeQueues, offset: int
 ) -> None:
-    assert judge(log, queues, offset) == Hole(HOLE.stop, sound=True)
+    assert judge(log, queues, offset) == (HOLE.stop, True)
 
 
 def test_nothing_is_known_of_a_hole_before_the_message_behind_it_can_be_had(
@@ -67,12 +70,12 @@ def test_nothing_is_known_of_a_hole_before_the_message_behind_it_can_be_had(
 ) -> None:
     behind = place_of(log, queues, HOLE.stop)
     assert judge(log, queues, HOLE.start, end=behind) is None
-    assert judge(log, queues, HOLE.start, end=behind + 8) == Hole(HOLE.stop, sound=True)
+    assert judge(log, queues, HOLE.start, end=behind + 8) == (HOLE.stop, True)
     assert judge(log, queues, END) is None
 
 
 def test_an_offset_that_has_got_its_entry_is_no_hole(log: StoreBuilder, queues: ConsumeQueues) -> None:
-    assert judge(log, queues, 7) == Hole(7, sound=True)
+    assert judge(log, queues, 7) == (7, True)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,8 @@ def test_an_offset_that_has_got_its_entry_is_no_hole(log: StoreBuilder, queues: 
         pytest.param(range(38, 40), 40, None, id="| 0..37 | zeros, acknowledged long ago | hole | 60.. |"),
         pytest.param(range(60, 65), 40, 60, id="| 0..39 | hole | zeros | 65.. |"),
         pytest.param(range(3), 0, 0, id="| zeros | 3.. |"),
+        pytest.param(range(95, 100), 95, 95, id="| ..94 | zeros |"),
+        pytest.param(range(60, 100), 45, 60, id="| ..39 | hole | zeros |"),
     ],
 )
 def test_zeros_where_the_log_has_a_message_are_damage_of_the_file_and_no_hole(
@@ -90,7 +95,7 @@ def test_zeros_where_the_log_has_a_message_are_damage_of_the_file_and_no_hole(
 ) -> None:
     queues.write(1, 0, zeroed.start, bytes(len(zeroed) * ENTRY_BYTES))
     if named is None:
-        assert judge(log, queues, asked) == Hole(HOLE.stop, sound=True)
+        assert judge(log, queues, asked) == (HOLE.stop, True)
         return
     with pytest.raises(
         CorruptLog, match=f"queues/1/0/{named // 16 * 16:020d}: offset {named}: .*log rebuild --replace"
@@ -108,10 +113,35 @@ def test_a_neighbour_that_leads_back_in_the_log_is_damage(log: StoreBuilder, que
 def test_what_a_damaged_log_cannot_tell_is_not_called_sound(log: StoreBuilder, queues: ConsumeQueues) -> None:
     other = next(log.places[at] for at, raw in enumerate(log.records) if b"the other's" in raw)
     log.zero(other, 80)
-    assert judge(log, queues, HOLE.start) == Hole(HOLE.stop, sound=False)
+    assert judge(log, queues, HOLE.start) == (HOLE.stop, False)
     queues.write(1, 0, HOLE.stop, bytes(ENTRY_BYTES))
     with pytest.raises(CorruptLog, match=f"offset {HOLE.stop}: no entry"):  # found behind the damage
         judge(log, queues, HOLE.start)
+
+
+def test_a_long_log_is_looked_through_in_several_calls(
+    log: StoreBuilder, queues: ConsumeQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a message at the end of the queue that its file has lost, behind much of another queue."""
+    monkeypatch.setattr(queue_hole, "LOOK_BYTES", 2000)
+    for number in range(200):
+        log.message(bytes(number), queue_id=1)
+    log.message(b"lost", queue_id=0)
+    reader = LogReader(log.log, SEGMENT, STORE, window_bytes=1024)
+    lost, seen = log.places[-1], [0]
+
+    def look() -> None:
+        seen.append(queue_hole.examine(reader, SEGMENT, queues, (1, 0), END, seen[-1], log.position).seen)
+
+    try:
+        while seen[-1] < lost - 3000:
+            look()
+            assert seen[-1] > seen[-2]
+        assert len(seen) > 5
+        with pytest.raises(CorruptLog, match=f"offset {END}: no entry"):
+            look()
+    finally:
+        reader.close()
 
 
 def test_only_what_retention_has_left_of_the_log_is_asked(log: StoreBuilder, queues: ConsumeQueues) -> None:
@@ -120,5 +150,5 @@ def test_only_what_retention_has_left_of_the_log_is_asked(log: StoreBuilder, que
     first = next(entry.offset for entry in queues.read(1, 0, 0, 80, log.position) if entry.position >= kept)
     assert HOLE.start > first > 0
     queues.write(1, 0, 0, bytes(first * ENTRY_BYTES))
-    assert judge(log, queues, 0, start=0) == Hole(first, sound=False)
-    assert judge(log, queues, 0, start=kept) == Hole(first, sound=True)
+    assert judge(log, queues, 0, start=0) == (first, False)
+    assert judge(log, queues, 0, start=kept) == (first, True)

@@ -393,20 +393,26 @@ cdef class _QueueReader:
                 offset - source.entries_first >= <uint64_t>len(source.entries) // sizeof(sb_entry)):
             source.entries = self._read_entries(source.topic_id, source.queue_id, offset, ENTRIES_AHEAD)
             source.entries_first = offset
-        if len(source.entries) >= <Py_ssize_t>sizeof(sb_entry):
-            entry = <const sb_entry *>PyBytes_AS_STRING(source.entries) + (offset - source.entries_first)
-            position[0] = entry.position
-            if entry.size == 0:
-                return SB_NOT_FOUND
-            if entry.position < limit:
-                return SB_OK
+        if len(source.entries) == 0:  # the file ends before it
+            return SB_NOT_FOUND
+        entry = <const sb_entry *>PyBytes_AS_STRING(source.entries) + (offset - source.entries_first)
+        position[0] = entry.position
+        if entry.size == 0:
+            return SB_NOT_FOUND
+        if entry.position < limit:
+            return SB_OK
         source.entries = None
         self.stalled = True
         return SB_END
 
     cdef int pass_hole(self, sb_region *r, _Source source, uint64_t *offset) except -100:
         """Offsets that no message has (R4). SB_OK | SB_END: nothing behind them yet | SB_NO_SPACE | SB_GONE."""
-        hole = self._hole_at(source.topic_id, source.queue_id, offset[0])
+        try:
+            hole = self._hole_at(source.topic_id, source.queue_id, offset[0])
+        except _errors.CorruptLog:
+            if source.is_deleted(r):  # its files went first
+                return SB_GONE
+            raise
         if hole is None or <uint64_t>hole[0] == offset[0]:
             source.entries = None  # it came while we looked, or is still to come
             self.stalled = hole is None
