@@ -22,7 +22,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from shmbroker._native._core import durable_status, move_message
-from shmbroker.delays import parse_delay_levels
 from shmbroker.errors import BadRequest, ReceiptExpired, ShmBrokerError, TopicNotExist
 from shmbroker.failpoint import failpoint
 from shmbroker.naming import DEAD_LETTER_PREFIX, RETRY_PREFIX
@@ -52,7 +51,7 @@ class SendBack:
     def __init__(self, home: ConsumerHome, core: ConsumerCore) -> None:
         self._home = home
         self._core: ConsumerCore = weakref.proxy(core)  # which owns this, and is to go with its last user
-        self._levels = parse_delay_levels(home.config.runtime.message_delay_level)
+        self._levels = home.config.runtime.delay_levels
         self._told: set[str] = set()  # topics of which sleeping members have been told
         self._complained = ""
 

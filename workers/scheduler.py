@@ -90,9 +90,8 @@ def step(worker: common.Worker, firing: Firing) -> None:
         return
     now = time.time_ns()
     pause = LOOK_SECONDS if due is None else min(LOOK_SECONDS, max(0.0, (due - now) / 1e9))
-    worker.region.set(
-        "timer_look", now + int(pause * 1e9)
-    )  # then the sleep: who comes too late to see it is seen there
+    # First this, then the sleep: whoever appends too early to see it is seen there.
+    worker.region.set("timer_look", now + int(pause * 1e9))
     before = time.monotonic()
     worker.sleep(common.SLEEP_TIMER, firing.position, pause)
     if time.monotonic() - before < GATHER_SECONDS < pause and not worker.stopping:
