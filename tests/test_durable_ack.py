@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import objects_of
 from support.claims import HELD_TO_MOVING, claims_in, control_words
 from support.consuming import ALL, bodies_of, numbered, send
 from support.processes import SMALL, Child, kill_all
 from support.progress import RunKind, decode_progress
-from support.running import log_records, running, worker_pid
+from support.running import log_records, lose_memory, running, worker_pid
 from support.waiting import wait_until
 
 import shmbroker
@@ -41,15 +40,6 @@ SCRIPT = """
 """
 
 
-def lose_the_memory(directory: Path) -> None:
-    """A power cut: no process, no memory; the disk as it is."""
-    kill_all(directory)
-    objects = objects_of(directory)
-    assert len(objects) == 2
-    for name in objects:
-        Path("/dev/shm", name).unlink()
-
-
 def delivered(directory: Path) -> dict[int, int]:
     """What the reopened broker delivers to the group: body to attempt."""
     with shmbroker.open(directory, **SELDOM) as broker, broker.simple_consumer("audit", ALL) as consumer:
@@ -61,7 +51,7 @@ def delivered(directory: Path) -> dict[int, int]:
 def after_power_cut(directory: Path, action: str) -> dict[int, int]:
     with Child(SCRIPT, directory, SELDOM, action) as child:
         assert child.read_line() == "done"
-        lose_the_memory(directory)
+        lose_memory(directory)
     return delivered(directory)
 
 
@@ -159,7 +149,7 @@ def test_several_consumers_of_one_queue_lose_none_of_their_durable_acknowledgeme
         consumers = [stack.enter_context(Child(source, directory, history)) for history in histories]
         assert [consumer.read_line() for consumer in consumers] == ["ready"] * 3
         wait_until(lambda: all(len(_numbers(history)) > 100 for history in histories), "a hundred each")
-        lose_the_memory(directory)
+        lose_memory(directory)
     acknowledged = set().union(*map(_numbers, histories))
     with (
         shmbroker.open(directory, **settings) as broker,

@@ -6,14 +6,14 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 from support.claims import HELD_TO_MOVING, claims_in, control_words
 from support.consuming import ALL, bodies_of, numbered, send
-from support.processes import SMALL, Child, kill_all
+from support.processes import Child, kill_all
 from support.progress import decode_progress
-from support.running import lose_memory, running, worker_pid
+from support.running import SELDOM, lose_memory, running, worker_pid
 from support.waiting import wait_until
 
 import shmbroker
@@ -21,9 +21,6 @@ from shmbroker import ReceivedMessage
 from shmbroker._native._core import scan
 from shmbroker.broker import Broker
 from shmbroker.record import Record, RecordFlag, RecordKind
-
-# Progress is written so seldom that only a durable receive can have written it; so is the log flushed.
-SELDOM: Final[dict[str, Any]] = {**SMALL, "progress_interval": 3000.0, "flush_interval": 3000.0}
 
 # Sends ten messages to each of two queues, durably, then receives as its third argument says. Killed with the broker.
 SCRIPT = """

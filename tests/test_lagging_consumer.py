@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 from support.command import shmbroker
 from support.consuming import ALL, deliverable, drain, send
+from support.disk import overwrite
 from support.running import log_records, running, wait_word
 
 from shmbroker import Message, Sql, sql
@@ -46,12 +47,6 @@ def stored(directory: Path) -> Path:
 def messages_of(directory: Path, topic_id: int) -> list[Record]:
     records = log_records(directory)
     return [record for record in records if record.kind == RecordKind.MESSAGE and record.topic_id == topic_id]
-
-
-def overwrite(file: Path, at: int, data: bytes) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(at)
-        opened.write(data)
 
 
 def overwrite_log(directory: Path, position: int, data: bytes) -> None:

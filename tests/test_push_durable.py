@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from support.consuming import ALL, numbered
-from support.processes import SMALL, Child
-from support.running import lose_memory
+from support.processes import Child
+from support.running import SELDOM, lose_memory
 
 import shmbroker
-
-# Progress is written so seldom that only the consumer itself can have written it.
-SELDOM: Final[dict[str, Any]] = {**SMALL, "progress_interval": 3000.0, "flush_interval": 3000.0}
 
 # Sends ten messages durably and hears them in one thread. It answers five, then tells and waits.
 SCRIPT: Final = """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.consuming import ALL, numbered, send
+from support.failing import at_once
 from support.listening import LATER, SUCCESS, Gate, Heard, done_with, held
 from support.waiting import wait_until
 
@@ -15,10 +16,6 @@ from shmbroker import ConsumeContext, ReceivedMessage, RetryPolicy
 from shmbroker.broker import Broker
 
 DLQ = {"%DLQ%audit": "*"}
-
-
-def at_once(max_retries: int = 16) -> RetryPolicy:
-    return RetryPolicy("table", max_retries=max_retries, delays=(0.0,))
 
 
 def dead_letters(broker: Broker, count: int) -> list[ReceivedMessage]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.disk import overwrite
 from support.waiting import wait_until
 
 from shmbroker import failpoint
@@ -40,12 +41,6 @@ STORE = bytes(range(16))
 
 def header(base: int = 0) -> SegmentHeader:
     return SegmentHeader(base, BYTES, 3, STORE)
-
-
-def overwrite(path: Path, offset: int, data: bytes | bytearray) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
 
 
 def version_2(path: Path) -> None:

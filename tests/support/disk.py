@@ -78,6 +78,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
+def overwrite(file: Path, at: int, data: bytes | bytearray) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        opened.write(data)
+
+
 def pattern(size: int, salt: int = 0) -> bytes:
     return bytes((index * 7 + index // 256 + salt) & 0xFF for index in range(size))
 

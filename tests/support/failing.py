@@ -14,7 +14,7 @@ GROUP = "audit"
 DEAD_LETTERS = DEAD_LETTER_PREFIX + GROUP
 
 
-def at_once(max_retries: int) -> RetryPolicy:
+def at_once(max_retries: int = 16) -> RetryPolicy:
     """Retries that need no scheduler."""
     return RetryPolicy("table", max_retries, delays=(0.0,))
 

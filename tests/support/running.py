@@ -25,6 +25,9 @@ from shmbroker.store.segment import SEGMENT_HEADER_BYTES, SegmentHeader, list_se
 
 QUICK: dict[str, Any] = {**SMALL, "embed_grace": 0.05, "progress_interval": 0.05, "checkpoint_interval": 0.1}
 
+# Progress is written so seldom that only the consumer itself can have written it; so is the log flushed.
+SELDOM: dict[str, Any] = {**SMALL, "progress_interval": 3000.0, "flush_interval": 3000.0}
+
 
 @contextmanager
 def running(directory: Path, failpoints: str = "", **settings: Any) -> Iterator[shmbroker.Broker]:
