@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 from support.actor import GROUP, TOPIC, Nursery, Told, answer_to
 from support.fate import POLICY, Fate
-from support.processes import kill_all, wait_gone, workers_of
+from support.processes import kill_all, wait_for_workers, wait_gone, workers_of
 from support.running import QUICK, lose_memory
 from support.waiting import wait_until
 
@@ -281,6 +281,7 @@ class Delivery(RuleBasedStateMachine):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             return  # nobody has lost anything
+        wait_for_workers(self.directory)  # no actor is about to start a supervisor
         for actor in self.actors:
             actor.ask("leave") if how == "stopped" else actor.stop()
         if how == "power cut" and self.durable:
