@@ -125,6 +125,16 @@ def test_documents_name_only_files_that_exist() -> None:
     assert missing == []
 
 
+def test_documents_name_only_tests_that_exist() -> None:
+    """As `tests/test_x.py::test_y`, the beginning of a test's name."""
+    missing = []
+    for document in documents():
+        for path, name in re.findall(r"`(tests/\w+\.py)::(test_\w+)`", document.read_text()):
+            if not re.search(rf"^def {name}", (ROOT / path).read_text(), flags=re.MULTILINE):
+                missing.append(f"{name_of(document)}: {path}::{name}")
+    assert missing == []
+
+
 def test_the_build_group_is_what_the_build_system_requires() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["dependency-groups"]["build"] == project["build-system"]["requires"]
