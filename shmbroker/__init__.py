@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         TopicNotExist,
     )
     from shmbroker.producer import Producer, SendCallback
+    from shmbroker.pull_consumer import PullConsumer
     from shmbroker.push_consumer import PushConsumer
     from shmbroker.retry import RetryPolicy
     from shmbroker.selector import Sql, sql
@@ -67,6 +68,7 @@ _HOMES: Final = {
     "shmbroker.producer": ("Producer", "SendCallback"),
     "shmbroker.status": ("SendStatus", "ConsumeStatus"),
     "shmbroker.consumer": ("SimpleConsumer",),
+    "shmbroker.pull_consumer": ("PullConsumer",),
     "shmbroker.push_consumer": ("PushConsumer",),
     "shmbroker.retry": ("RetryPolicy",),
     "shmbroker.selector": ("sql", "Sql"),
@@ -91,6 +93,7 @@ __all__ = [
     "ConsumeContext",
     "ConsumeStatus",
     "SimpleConsumer",
+    "PullConsumer",
     "RetryPolicy",
     "sql",
     "Sql",

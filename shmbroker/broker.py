@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shmbroker.consumer import SimpleConsumer
     from shmbroker.dead_letters import DeadLetters
     from shmbroker.producer import Producer
+    from shmbroker.pull_consumer import PullConsumer
     from shmbroker.push_consumer import Listener, PushConsumer
     from shmbroker.selector import Sql
 
@@ -159,6 +160,12 @@ class Broker(Definitions):
         consumer = PushConsumer(self, check_group(group), listener, subscriptions, **settings)
         self._listening.add(consumer)
         return consumer
+
+    def pull_consumer(self, group: str, **settings: Any) -> PullConsumer:
+        """A consumer that reads queues from positions of its own; see ``PullConsumer``."""
+        from shmbroker.pull_consumer import PullConsumer
+
+        return self._adopt(PullConsumer(self, group, **settings))
 
     def dead_letters(self, group: str) -> DeadLetters:
         """The group's dead letters, to be read, sent again or given up. Raises TopicNotExist if it never had any."""

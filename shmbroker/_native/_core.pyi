@@ -503,6 +503,16 @@ class MessageWait:
     def pass_on(self) -> None:
         """Behind the end, and the last look: if it was posted and there is more, wake another member of the group."""
 
+class PullCore(ConsumerCore):
+    """Reads queues from positions of its own, and claims nothing. One thread at a time."""
+    def _assign(
+        self, client: Client, filters: Mapping[str, Sequence[bytes] | bytes | None], assigned: Iterable[tuple[str, int]]
+    ) -> None: ...
+    def _poll(self, room: int, wait: float) -> list[ReceivedMessage]: ...
+    def _positions(self) -> list[tuple[str, int, int, int, int, int, int]]: ...
+    def _seek(self, topic: str, queue_id: int, offset: int) -> None: ...
+    def _commit(self) -> list[bytes]: ...
+
 # ---- push consumers
 
 class ConsumeContext:

@@ -162,10 +162,14 @@ cdef class ConsumerCore(_Member):
         while True:
             paused = self.is_paused(r)
             count = 0 if paused else self.topic_slots(topics)
-            sb_wait_message_begin(r, waiter, self.group_slot, topics, count)
+            sb_wait_message_begin(r, waiter, self.wait_group(waiter), topics, count)
             if paused == self.is_paused(r):
                 return count
             sb_wait_message_end(r, waiter, topics, count)
+
+    cdef uint32_t wait_group(self, uint32_t waiter) noexcept:
+        """Of all who wait with the same number here one is woken for a message."""
+        return self.group_slot
 
     cdef uint32_t topic_slots(self, uint32_t *slots) noexcept:
         cdef uint32_t count = 0

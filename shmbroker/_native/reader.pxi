@@ -337,7 +337,7 @@ cdef class _QueueReader:
         cdef uint32_t found = 0, i
         cdef int code = SB_OK
         cdef Py_ssize_t want
-        cdef bint alone = offset < sb_claim_next(r, source.table)  # a released one: only this
+        cdef bint alone = self.was_claimed(r, source, offset)  # a released one: only this
         while len(out) < room and not stops(code):
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
@@ -358,9 +358,17 @@ cdef class _QueueReader:
             if alone:
                 break
         if offset > start and not alone:
-            sb_claim_advance(r, source.table, source.life, offset, look.deadline_ms)
+            self.come_to(r, source, offset, look)
         if source.filter is not None:
             sb_claim_base(r, source.table)
+        return 0
+
+    cdef bint was_claimed(self, sb_region *r, _Source source, uint64_t offset) noexcept:
+        return offset < sb_claim_next(r, source.table)
+
+    cdef int come_to(self, sb_region *r, _Source source, uint64_t offset, Look *look) except -1:
+        """Fresh messages were looked at up to there."""
+        sb_claim_advance(r, source.table, source.life, offset, look.deadline_ms)
         return 0
 
     cdef int collect_behind(self, sb_region *r, _Source source, uint64_t *offset, Look *look, Py_ssize_t want,

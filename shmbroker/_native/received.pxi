@@ -47,6 +47,7 @@ cdef class _Source:
     cdef uint64_t life  # of the table: what its state word says as long as it is this group's and queue's
     cdef uint32_t topic_id, queue_id
     cdef sb_cursor cursor
+    cdef uint64_t position  # of a pull consumer: the next offset that it reads
     cdef _Filter filter  # None: every message
     cdef bint retries      # the group's own %RETRY% topic: copies that say where they come from, with the deliveries so far
     cdef bytes entries     # packed consume queue entries, read ahead for a consumer that lags; None: none
