@@ -17,7 +17,7 @@ from shmbroker.naming import BrokerPaths
 
 if TYPE_CHECKING:
     from shmbroker.store.commit_log import LogReader
-    from shmbroker.store.consume_queue import ConsumeQueues, Entry
+    from shmbroker.store.consume_queue import ConsumeQueues
     from shmbroker.store.queue_hole import Hole
     from shmbroker.store.serving_reader import ServingReader
 
@@ -42,13 +42,6 @@ class LogFiles:
         with self._lock:
             _, log, _ = self._open()
             return log.read(position).raw
-
-    def read_queue(self, topic_id: int, queue_id: int, offset: int, count: int) -> list[Entry]:
-        """At most ``count`` consume queue entries at or after ``offset``. Raises CorruptLog."""
-        with self._lock:
-            region, _, queues = self._open()
-            limit = min(region.get("flushed"), region.get("dispatched"))
-            return queues.read(topic_id, queue_id, offset, count, limit)
 
     def hole_at(self, topic_id: int, queue_id: int, offset: int) -> tuple[int, bool] | None:
         """The first offset behind the hole at ``offset``, and whether the log is whole there and has no message for it.
