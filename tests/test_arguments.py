@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.consuming import ALL, bodies_of
 from support.running import QUICK, running
 
 import shmbroker
 from shmbroker import Broker, Message, MessageIllegal, NameIllegal, Producer, SimpleConsumer
+from shmbroker.message import check_keys, check_tags
 
 
 class Topic(StrEnum):
@@ -24,6 +27,22 @@ class Topic(StrEnum):
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with running(tmp_path_factory.mktemp("arguments") / "broker", **QUICK) as opened:
         yield opened
+
+
+@given(
+    text=st.text(max_size=6) | st.text(st.characters(max_codepoint=127)) | st.sampled_from(["*", "a*", "a|b", "\x7f"])
+)
+def test_short_texts_are_taken_for_tags_and_keys_by_the_same_rules_as_all(text: str) -> None:
+    """The native core asks no one about most of them."""
+
+    def outcome(make: Callable[[], str]) -> str:
+        try:
+            return make()
+        except MessageIllegal as error:
+            return f"refused: {error}"
+
+    assert outcome(lambda: Message("t", b"x", tags=text).tags) == outcome(lambda: check_tags(text))
+    assert outcome(lambda: Message("t", b"x", keys=text).keys) == outcome(lambda: check_keys(text))
 
 
 GOOD = Message("orders", b"good")

@@ -15,19 +15,23 @@ cdef extern from "Python.h":
     const uint8_t *PyUnicode_1BYTE_DATA(object text)
 
 cdef bytes IN_NAMES = bytes(_naming.is_in_names(chr(c)) for c in range(128))
+cdef bytes IN_WORDS = bytes(c > 0x20 and c < 0x7f and c not in b"|*" for c in range(128))  # of most tags, and of one key
 cdef Py_ssize_t TOPIC_LENGTH_MAX = _naming.TOPIC_LENGTH_MAX
 
 
-cdef inline bint is_plain_topic(topic) noexcept:
-    """True: no need to ask ``naming.check_topic``, the one who knows. A look at each byte costs a Message some nanoseconds."""
-    cdef const uint8_t *allowed = <const uint8_t *>PyBytes_AS_STRING(IN_NAMES)
+cdef inline bint is_plain(text, bytes letters) noexcept:
+    """True: no need to ask the function that knows what this may be, as every short text of these letters may.
+
+    A look at each byte costs a Message some nanoseconds, a call of Python many times as much.
+    """
+    cdef const uint8_t *allowed = <const uint8_t *>PyBytes_AS_STRING(letters)
     cdef const uint8_t *byte
     cdef Py_ssize_t length, i
     cdef uint8_t all_allowed = 1
-    if type(topic) is not str or not PyUnicode_IS_COMPACT_ASCII(topic):
+    if type(text) is not str or not PyUnicode_IS_COMPACT_ASCII(text):
         return False
-    length = len(<str>topic)
-    byte = PyUnicode_1BYTE_DATA(topic)
+    length = len(<str>text)
+    byte = PyUnicode_1BYTE_DATA(text)
     for i in range(length):
         all_allowed &= allowed[byte[i]]
     return all_allowed and 0 < length <= TOPIC_LENGTH_MAX
@@ -57,10 +61,10 @@ cdef class Message:
                  delay_level=None, delay=None, deliver_at=None, retry=None):
         if self.topic is not None:
             raise TypeError("a Message is immutable")  # a send may be reading it without the GIL
-        self.topic = <str>topic if is_plain_topic(topic) else _naming.check_topic(topic)
+        self.topic = <str>topic if is_plain(topic, IN_NAMES) else _naming.check_topic(topic)
         self.body = <bytes>body if type(body) is bytes and len(<bytes>body) else _rules.check_body(body)
-        self.tags = "" if tags is None else _rules.check_tags(tags)
-        self.keys = "" if keys is None else _rules.check_keys(keys)
+        self.tags = "" if tags is None else <str>tags if is_plain(tags, IN_WORDS) else _rules.check_tags(tags)
+        self.keys = "" if keys is None else <str>keys if is_plain(keys, IN_WORDS) else _rules.check_keys(keys)
         self.wait_store_ok = wait_store_ok
         if properties:
             self.properties = _rules.check_properties(properties)
