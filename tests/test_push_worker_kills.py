@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import pytest
 from support.consuming import send_to
 from support.failing import GROUP, dead_letters
@@ -31,6 +32,11 @@ RECORDING: Final = [
     "dispatcher.progress_written", "dispatcher.snapshot_begun", "dispatcher.snapshot_ended", "checkpoint.half_written",
     "checkpoint.synced", "append.half_copied", "append.effects", "append.published", "append.unlocked",
 ]  # fmt: skip
+DURABLE: Final = [
+    "append.copied", "append.published", "append.unlocked", "claim.started", "claim.acked", "move.appended",
+    "retry.moved", "consumer.claimed", "consumer.attempts_appended", "consumer.attempts_flushed",
+    "consumer.acks_appended",
+]  # fmt: skip
 SNAPSHOTS: Final[dict[str, Any]] = {**QUICK, "snapshot_interval_bytes": "64 KiB", "flush_disk_type": "SYNC_FLUSH"}
 
 # Sends the script and consumes it, all by itself; then tells, once its progress is as durable as it gets, and waits.
@@ -42,13 +48,14 @@ ALONE: Final = """
     from support.listening import all_done
     from support.scripted import MAX_RETRIES, Scripted, script
     from support.waiting import wait_until
-    directory, history, count, recorded, settings = sys.argv[1:]
+    directory, history, count, recorded, settings, modes = sys.argv[1:]
     broker, bodies = shmbroker.open(directory, **eval(settings)), script(int(count))
     broker.create_topic("orders", queues=1)
     broker.create_group(GROUP, at_once(MAX_RETRIES))
     send_to(broker, "orders", *bodies)
     listener = Scripted(Path(history))
-    consumer = broker.push_consumer(GROUP, listener, {"orders": "*"}, consume_thread_max=3, pull_batch_size=4)
+    settings = {"consume_thread_max": 3, "pull_batch_size": 4, **eval(modes)}
+    consumer = broker.push_consumer(GROUP, listener, {"orders": "*"}, **settings)
     listener.belongs_to(consumer)
     wait_until(lambda: all_done(broker, GROUP, "orders", len(bodies)), "all done with")
     if eval(recorded):
@@ -89,9 +96,10 @@ def test_a_scheduler_killed_as_retries_fire_brings_each_of_them_once(tmp_path: P
         assert judge(History.read([tmp_path / "history"]), BODIES, letters_of(broker), charged=0) == 0
 
 
-def alone(directory: Path, history: Path, failpoints: str, *, recorded: bool) -> Child:
+def alone(directory: Path, history: Path, failpoints: str, *, recorded: bool = False, durable: bool = False) -> Child:
     environment = {"SHMBROKER_FAILPOINTS": failpoints, "PYTHONPATH": str(Path(__file__).parent)}
-    return Child(ALONE, directory, history, COUNT, recorded, SNAPSHOTS, environment=environment)
+    modes = {"ack": "durable", "attempts": "durable"} if durable else {}
+    return Child(ALONE, directory, history, COUNT, recorded, SNAPSHOTS, modes, environment=environment)
 
 
 @pytest.mark.parametrize("edge", RECORDING)
@@ -112,7 +120,7 @@ def test_a_power_cut_while_progress_is_recorded_repeats_plain_messages_and_never
 ) -> None:
     """The dispatcher stands still at the edge, so that what is acknowledged from then on is not recorded."""
     directory, history = tmp_path / "broker", tmp_path / "history"
-    with alone(directory, history, f"dispatcher/{edge}=stop@2", recorded=False) as child:
+    with alone(directory, history, f"dispatcher/{edge}=stop@2") as child:
         assert child.read_line() == "done"
         lose_memory(directory)
     with running(directory, **SNAPSHOTS) as broker:
@@ -125,3 +133,17 @@ def test_a_power_cut_while_progress_is_recorded_repeats_plain_messages_and_never
         # Attempts in memory may be forgotten as well, those of a copy were written with it.
         assert begun[body] in ([once] if ends_dead else [once, [*once, deliveries], [*once, deliveries + 1]]), body
         assert letters.get(body, 0) == ends_dead * deliveries, body
+
+
+@pytest.mark.parametrize("edge", DURABLE)
+def test_a_power_cut_at_an_edge_of_a_durable_consumer_forgets_no_delivery_and_doubles_no_move(
+    tmp_path: Path, edge: str
+) -> None:
+    """All of them stand still at the edge; then only the disk is left. What was answered may come once more."""
+    directory, history = tmp_path / "broker", tmp_path / "history"
+    with alone(directory, history, f"client/{edge}=stop@9", durable=True) as child:
+        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED, "at the edge")
+        lose_memory(directory)
+    with running(directory, **SNAPSHOTS) as broker:
+        consume(broker, history)
+        judge(History.read([history]), BODIES, letters_of(broker), charged=len(BODIES))
