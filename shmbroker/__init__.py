@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from shmbroker.push_consumer import PushConsumer
     from shmbroker.retry import RetryPolicy
     from shmbroker.selector import Sql, sql
-    from shmbroker.status import ConsumeStatus, SendStatus
+    from shmbroker.status import ConsumeOrderlyStatus, ConsumeStatus, SendStatus
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,7 @@ _HOMES: Final = {
     "shmbroker.broker": ("open", "Broker"),
     "shmbroker._native._core": ("Message", "ReceivedMessage", "SendResult", "BatchResult", "ConsumeContext"),
     "shmbroker.producer": ("Producer", "SendCallback"),
-    "shmbroker.status": ("SendStatus", "ConsumeStatus"),
+    "shmbroker.status": ("SendStatus", "ConsumeStatus", "ConsumeOrderlyStatus"),
     "shmbroker.consumer": ("SimpleConsumer",),
     "shmbroker.pull_consumer": ("PullConsumer",),
     "shmbroker.push_consumer": ("PushConsumer",),
@@ -92,6 +92,7 @@ __all__ = [
     "PushConsumer",
     "ConsumeContext",
     "ConsumeStatus",
+    "ConsumeOrderlyStatus",
     "SimpleConsumer",
     "PullConsumer",
     "RetryPolicy",

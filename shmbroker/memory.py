@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import posix_ipc
 
-from shmbroker import access, process
+from shmbroker import access, process, queue_locks
 from shmbroker._native._core import FINGERPRINT, Region
 from shmbroker.config import Config
 from shmbroker.descriptor import (
@@ -191,11 +191,13 @@ def _not_enough(needed: int) -> NotEnoughMemory:
 
 
 def remove(paths: BrokerPaths, descriptor: Descriptor) -> None:
-    """Unlink the objects and then the descriptor, which need not be there. What is mapped stays so.
+    """Unlink semaphores, objects and then the descriptor, which need not be there. What is mapped stays so.
 
     The names are those of ``descriptor``, never what a file says by now: the directory may have been removed, and
     another broker may have been started in its place.
     """
+    queue_locks.remove_locks(bytes.fromhex(descriptor.instance))
+    failpoint("memory.locks_removed")  # leaves the objects and the descriptor, with nobody who uses them
     with suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_shared_memory(descriptor.ring)
     failpoint("memory.ring_unlinked")  # leaves the control object and the descriptor: Leftover.NOTHING, removed again

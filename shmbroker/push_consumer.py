@@ -22,13 +22,14 @@ from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMess
 from shmbroker.consumer import ConsumerHome, SimpleConsumer
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
 from shmbroker.handle import Handle
+from shmbroker.orderly import OrderlyMember
 from shmbroker.selector import Sql
 from shmbroker.send_back import SendBack
-from shmbroker.status import ConsumeStatus
+from shmbroker.status import ConsumeOrderlyStatus, ConsumeStatus
 
 logger = logging.getLogger("shmbroker.push_consumer")
 
-Listener = Callable[[Any, ConsumeContext], ConsumeStatus | None]
+Listener = Callable[[Any, ConsumeContext], ConsumeStatus | ConsumeOrderlyStatus | None]
 
 KIB: Final = 1024
 MIB: Final = KIB * KIB
@@ -72,6 +73,8 @@ class PushConsumer(Handle, PushCore):
         consume_timeout: float = 900.0,
         max_renewals: int | None = 11,
         await_termination: float = 30.0,
+        orderly: bool = False,
+        suspend_current_queue_time: float = 1.0,
         **settings: Any,
     ) -> None:
         if not callable(listener):
@@ -92,9 +95,11 @@ class PushConsumer(Handle, PushCore):
             raise BadRequest(f"consume_timeout = {consume_timeout}: must be from 0.01 to {TIMEOUT_MAX:g} seconds")
         if not await_termination >= 0.0:
             raise BadRequest(f"await_termination = {await_termination}: must not be negative")
+        if not 0.01 <= suspend_current_queue_time <= 30.0:
+            raise BadRequest(f"suspend_current_queue_time = {suspend_current_queue_time}: from 0.01 to 30 seconds")
         if "spin" in settings:
             raise BadRequest("spin: only a SimpleConsumer burns a core while it waits")
-        consumer = SimpleConsumer(home, group, subscriptions, **settings)
+        consumer = (OrderlyMember if orderly else SimpleConsumer)(home, group, subscriptions, **settings)
         super().__init__(
             consumer,
             listener,
@@ -104,8 +109,10 @@ class PushConsumer(Handle, PushCore):
             queue_room=min(pull_threshold_for_queue, max(1, home.config.layout.claim_window // WINDOW_SHARE)),
             queue_bytes=pull_threshold_size_for_queue,
             consume_timeout=consume_timeout,
+            suspend=suspend_current_queue_time,
         )
         self.group = group
+        self.orderly = orderly
         self.await_termination = await_termination
         self.late = 0
         self.error: BaseException | None = None
@@ -128,7 +135,7 @@ class PushConsumer(Handle, PushCore):
         try:
             for thread in self._threads:
                 thread.start()
-            if max_renewals != 0:
+            if max_renewals != 0 and not orderly:  # an owner has all the time it wants
                 threading.Thread(target=self._keep_renewing, name=f"{group}-renewal", daemon=True).start()
         except BaseException:  # Ctrl-C, no more threads to be had: nobody has this consumer to shut it down
             self.shutdown()
@@ -237,7 +244,9 @@ class PushConsumer(Handle, PushCore):
                 self._recover(lane, error)
             if self._unwanted():
                 self._clear(lane)
+            self._lay_down(lane)
         self._clear(lane)
+        self._lay_down(lane)
 
     def _run_lane(self, lane: Lane) -> None:
         with listening.floor.together(lane, self._unwanted) as entered:
@@ -319,9 +328,14 @@ class PushConsumer(Handle, PushCore):
         if error is not None:
             logger.error("group %s: the listener failed with %s", self.group, _named(messages), exc_info=error)
         else:
+            kind, taken_for = (
+                (ConsumeOrderlyStatus, ConsumeOrderlyStatus.SUSPEND_CURRENT_QUEUE_A_MOMENT)
+                if self.orderly
+                else (ConsumeStatus, ConsumeStatus.RECONSUME_LATER)
+            )
             logger.error(
-                "group %s: the listener returned %r for %s: it must return a ConsumeStatus; taken for RECONSUME_LATER",
-                self.group, result, _named(messages),
+                "group %s: the listener returned %r for %s: it must return a %s; taken for %s",
+                self.group, result, _named(messages), kind.__name__, taken_for,
             )  # fmt: skip
 
     def _report_late(self, message: ReceivedMessage) -> None:

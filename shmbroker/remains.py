@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from shmbroker import memory, process
+from shmbroker import memory, process, queue_locks
 from shmbroker._native._core import FINGERPRINT, Region
 from shmbroker.errors import ShmBrokerError
 from shmbroker.naming import OBJECT_PREFIX, is_object_name
@@ -48,6 +48,8 @@ def _clear_pair(control: Path) -> int:
         ring = control.with_name(control.name[:-1] + "r")
         if os.fstat(fd).st_nlink == 0 or not _holds_nothing(fd, ring):
             return 0
+        if memory.is_formatted(fd):
+            queue_locks.remove_locks(Region.read_header(fd)["instance"])
         ring.unlink(missing_ok=True)  # the control object last, as always
         control.unlink()
         return 2

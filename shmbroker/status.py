@@ -17,6 +17,16 @@ class SendStatus(IntEnum):
         return self.name
 
 
+class ConsumeOrderlyStatus(IntEnum):
+    """What the listener of an orderly consumer answers. Anything else counts as SUSPEND_CURRENT_QUEUE_A_MOMENT."""
+
+    SUCCESS = 0  # done with: acknowledged, and the queue goes on
+    SUSPEND_CURRENT_QUEUE_A_MOMENT = 1  # failed: nothing of this queue is delivered until it comes again
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class ConsumeStatus(IntEnum):
     """What a listener answers. Anything else, an exception included, counts as RECONSUME_LATER."""
 

@@ -56,6 +56,14 @@ PROCESSES_MAX: Final = 256
     show_default=True,
     help="Seconds that a stop waits for listeners that run.",
 )
+@click.option("--orderly", is_flag=True, help="Each queue in its order, by one process at a time.")
+@click.option(
+    "--suspend",
+    type=click.FloatRange(0.01, 30),
+    default=1.0,
+    show_default=True,
+    help="--orderly: seconds that a queue is held whose message failed.",
+)
 @click.option(
     "--consume-from",
     type=beginning,
@@ -84,6 +92,8 @@ def consume(
     consume_timeout: float,
     max_renewals: int,
     await_termination: float,
+    orderly: bool,
+    suspend: float,
     consume_from: str | float,
     app_dir: Path,
 ) -> int:
@@ -102,7 +112,8 @@ def consume(
         return ConsumeStatus.CONSUME_SUCCESS
 
     Whatever else it returns, or raises, is a failure: the message comes again after a delay, and goes to the dead
-    letters of the group after the last try. A process that dies is started again, after a pause if that happens often;
+    letters of the group after the last try. With --orderly it returns ConsumeOrderlyStatus.SUCCESS, and what fails
+    holds its queue until it comes again. A process that dies is started again, after a pause if that happens often;
     what its listeners had is delivered to others within milliseconds.
 
     SIGTERM or Ctrl-C: no message is begun any more, what runs may finish for --await-termination seconds, everything
@@ -126,6 +137,8 @@ def consume(
             "consume_timeout": consume_timeout,
             "max_renewals": max_renewals,
             "await_termination": await_termination,
+            "orderly": orderly,
+            "suspend_current_queue_time": suspend,
             "consume_from": consume_from,
         },
     }

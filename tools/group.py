@@ -63,7 +63,8 @@ def list_groups(session: Session) -> None:
 @click.argument("name")
 @pass_session
 def show(session: Session, name: str) -> None:
-    """Show one group queue by queue, and who holds its oldest unacknowledged message.
+    """Show one group queue by queue: who holds its oldest unacknowledged message, and who owns it, if it is consumed in
+    order.
 
     \b
     shmbroker group show audit
@@ -89,9 +90,14 @@ def show(session: Session, name: str) -> None:
         again = f"of them again {lag['redelivered_since_start']:,}"
         rows.append(("delivered since the broker started", f"{lag['delivered_since_start']:,}, {again}"))
     console.table("", ["group", name], rows)
+    in_order = any(queue["owner"] for queue in lag["queues"])
     console.table(
         "queues",
-        ["topic", ">queue", ">done to", ">next", ">lag", ">bytes", ">oldest", ">in flight", "oldest unacknowledged"],
+        [
+            *("topic", ">queue", ">done to", ">next", ">lag", ">bytes", ">oldest", ">in flight"),
+            *(("owner",) if in_order else ()),
+            "oldest unacknowledged",
+        ],
         [
             (
                 queue["topic"] if queue["subscribed"] is not False else f"{queue['topic']} (not subscribed)",
@@ -99,6 +105,7 @@ def show(session: Session, name: str) -> None:
                 f"{queue['base']:,}",
                 f"{queue['next_offset']:,}",
                 *_cells(queue),
+                *((_owner(queue["owner"]),) if in_order else ()),
                 _holder(queue["oldest"]),
             )
             for queue in lag["queues"]
@@ -204,6 +211,10 @@ def _cells(lag: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _subscription(subscription: dict[str, Any]) -> str:
     return ", ".join(f"{topic}: {expressions.shown(wanted)}" for topic, wanted in subscription.items())
+
+
+def _owner(owner: dict[str, Any] | None) -> str:
+    return f"{owner['pid']} ({owner['name']})" if owner else "nobody"
 
 
 def _holder(oldest: dict[str, Any] | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from shmbroker import process, remains
+from shmbroker import process, queue_locks, remains
 from shmbroker._native._core import Region
 from shmbroker.errors import ShmBrokerError
 from shmbroker.naming import is_object_name
@@ -150,6 +150,9 @@ def _remove(name: str, lose_unflushed: bool) -> bool | None:
             return None
         if not found.written and not lose_unflushed:
             return False
+        header = _header(name)
+        if header is not None:
+            queue_locks.remove_locks(header["instance"])
         for path in (ring, control):  # the control object last: without it a ring is nobody's
             path.unlink(missing_ok=True)
     return True

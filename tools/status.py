@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
@@ -84,8 +85,13 @@ def _summary(health: dict[str, Any]) -> None:
 def _groups(lags: list[dict[str, Any]]) -> None:
     from shmbroker.tools.group_lag import name_of
 
-    rows = [(name_of(lag), f"{lag['lag_messages']:,}", f"{lag['in_flight']:,}") for lag in lags]
-    console.table("groups", ["group", ">lag in messages", ">in flight"], rows)
+    rows = [(name_of(lag), f"{lag['lag_messages']:,}", f"{lag['in_flight']:,}", _owners_line(lag)) for lag in lags]
+    console.table("groups", ["group", ">lag in messages", ">in flight", "queues owned"], rows)
+
+
+def _owners_line(lag: dict[str, Any]) -> str:
+    counts = Counter(owned["pid"] for owned in lag["owners"])
+    return ", ".join(f"{count} by {pid}" for pid, count in sorted(counts.items())) or "-"
 
 
 def _lock_line(lock: dict[str, Any]) -> str:

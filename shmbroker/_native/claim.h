@@ -59,6 +59,18 @@ static inline uint32_t sb_claim_lap(const sb_region *r, uint64_t life, uint64_t 
 {
     return (uint32_t)(offset >> __builtin_ctz(r->limits.claim_window)) ^ (uint32_t)sb_claims_incarnation(life) * 0x9e3779b1u;
 }
+/* Nobody has it: its word is of this lap and FREE, or held by a claim that is over. */
+static inline int sb_claim_available(const sb_region *r, uint64_t life, uint64_t w, uint64_t offset, uint32_t now_ms)
+{
+    switch (sb_claim_state(w)) {
+    case SB_CLAIM_FREE:
+        return sb_claim_deadline(w) == sb_claim_lap(r, life, offset);
+    case SB_CLAIM_HELD:
+        return sb_claim_expired(w, now_ms);
+    default:
+        return 0;
+    }
+}
 /* What the acknowledgement of a claim leaves in its word. */
 static inline uint64_t sb_claim_acked(const sb_region *r, uint64_t life, uint64_t receipt, uint64_t offset)
 {
@@ -143,6 +155,9 @@ void sb_claim_note_prefetched(sb_claims *c);
 uint32_t sb_claim_take_deadline(sb_claims *c, uint32_t now_ms);
 /* Hint: next >= offset from now on. deadline_ms: of the claims that the caller took on the way (0: it has prefetched). */
 void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms);
+/* Of those from `from` on that are not acknowledged the oldest, in the overflow table or not. SB_OK: it can be had, now |
+ * SB_LOST: somebody has it | SB_END: nobody ever had it, nor what is behind it. */
+int sb_claim_oldest(sb_region *r, uint32_t table, uint64_t life, uint64_t from, uint32_t now_ms, uint64_t *offset);
 /* Where a search for fresh messages begins. */
 uint64_t sb_claim_next(const sb_region *r, uint32_t table);
 

@@ -73,7 +73,8 @@ static int prepare(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, 
         c->topic_id = sb_queue_at(r, queue)->topic_id;
         c->queue_id = sb_queue_at(r, queue)->queue_id;
         sb_word *zero[] = {&c->released,    &c->deadline_ms, &c->prefetched,  &c->reset_generation,
-                           &c->moving_slot, &c->delivered,   &c->acked,       &c->redelivered, &c->refused};
+                           &c->moving_slot, &c->delivered,   &c->acked,       &c->redelivered, &c->refused,
+                           &c->owner,       &c->wanted};
         for (size_t z = 0; z < sizeof zero / sizeof zero[0]; z++) {
             sb_store(zero[z], 0);
         }

@@ -200,6 +200,8 @@ cdef class ConsumerCore(_Member):
         """We were woken, and there is more than we took: pass the wake-up on (R6)."""
         cdef uint32_t now_ms = <uint32_t>(sb_now_ns() // 1_000_000)
         cdef _Source source
+        if self.ownership is not None:
+            return self.tell_owners(r, visible_limit(r))
         for source in self.sources:
             if sb_claims_claimable(r, source.table, now_ms):
                 sb_wake_group(r, source.topic_slot, self.group_slot)

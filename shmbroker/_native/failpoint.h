@@ -31,6 +31,10 @@
     X(claim_remade, "claim.remade")               /* reset: a new table stands ready, the old one is in force */         \
     X(claim_begun_anew, "claim.begun_anew")       /* reset: done, sleeping members not told */                           \
     X(move_appended, "move.appended")             /* copy and ack are there, base old, nobody posted */               \
+    X(queue_taken, "queue.taken")                 /* semaphore ours, owner not named */                               \
+    X(queue_owned, "queue.owned")                 /* named, nothing claimed */                                        \
+    X(queue_nameless, "queue.nameless")           /* semaphore ours, owner not named any more */                      \
+    X(queue_freed, "queue.freed")                 /* nobody owns it, who asked for it is not woken */                 \
     X(flushed_stored, "flushed.stored")           /* flushed new, nobody posted */
 
 enum sb_failpoint_id {

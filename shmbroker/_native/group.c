@@ -21,7 +21,7 @@ static int define_group_locked(sb_region *r, const char *name, uint32_t group_id
         uint64_t next = sb_load(&sb_marks(r)->next_group_id);
         group_id = group_id ? group_id : (uint32_t)next;
         g->group_id = group_id;
-        g->flags = 0;
+        g->in_order = 0;
         memset(g->name, 0, sizeof g->name);
         memcpy(g->name, name, strlen(name));
         memset(g->subscription, 0, sizeof g->subscription);

@@ -5,6 +5,7 @@
 
 #include "claim.h"
 #include "membership.h"
+#include "queue_lock.h"
 #include "wait.h"
 
 #define TURNS 50u /* passes until every table was looked at, whatever it looks like: a second's worth of ticks */
@@ -68,10 +69,11 @@ static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group, uint32_t 
             continue;
         }
         uint32_t moving;
+        const int owned = sb_queue_bereave(r, i, slot);
         released += sb_claims_reap(r, i, slot, &moving);
         *undecided += moving;
         sb_claim_base(r, i);
-        if (sb_load(&claims->released)) {
+        if (owned || sb_load(&claims->released)) {
             wake_for(r, claims);
         }
     }

@@ -314,7 +314,7 @@ typedef struct {
 typedef struct {
     _Alignas(SB_LINE) sb_word state; /* enum sb_slot_state; append effect */
     uint32_t group_id;
-    uint32_t flags;
+    uint32_t in_order; /* its live members own queues, and consume them in order; definition lock */
     sb_word subscription_generation; /* its lowest bit says which text is in force; definition lock, or append effect.
                                         SYNC: subscription */
     sb_word subscription_set;        /* 1: by `group set-subscription`, as a record of the log says; append effect */
@@ -354,6 +354,8 @@ typedef struct {
     sb_word delivered, acked, redelivered, refused; /* statistics */
     sb_word overflowed;             /* claims of this table in the overflow table */
     sb_word recorded;               /* writer: dispatcher: size and CRC of the progress record last written to the log */
+    sb_word owner;                  /* orderly groups: client slot + 1 of who owns the queue, by its semaphore; 0 nobody */
+    sb_word wanted;                 /* client slot + 1 of who asks the owner for it, by CAS from 0; the next owner clears it */
     _Alignas(SB_LINE) sb_word word[]; /* claim_window of them */
 } sb_claims;
 

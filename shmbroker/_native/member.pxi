@@ -32,6 +32,12 @@ cdef class _Member(_QueueReader):
 
     # -- membership
 
+    def _own_by(self, int locks):
+        """From now on this member owns the queues that it consumes, by this set of semaphores; before it joins the group."""
+        if self.ownership is not None:
+            self.ownership.forget()
+        self.ownership = _Ownership(locks)
+
     def _take_over(self, bytes text):
         """The group's subscription is this one now. Returns topic -> tags, program or None."""
         raise NotImplementedError
@@ -57,7 +63,7 @@ cdef class _Member(_QueueReader):
         cdef const char *c_text = text
         cdef const char *c_name = name
         cdef uint32_t slot = 0, group = 0
-        cdef int code, self_counts
+        cdef int code, self_counts, in_order = self.ownership is not None
         self.filters = make_filters(filters)
         self._leave()
         if sb_group_find(r, name, &group) != SB_OK:
@@ -65,10 +71,14 @@ cdef class _Member(_QueueReader):
         slot = client.slot
         self_counts = (id(client), group) in memberships
         with nogil:
-            code = sb_group_join(r, group, c_name, slot, c_text, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS,
+            code = sb_group_join(r, group, c_name, slot, c_text, in_order, self_counts, sb_now_ns() + DEFINE_TIMEOUT_NS,
                                  &self.subscription_generation)
         if code == SB_EXISTS:
             return False
+        if code == SB_IN_USE:
+            raise _errors.SubscriptionConflict(
+                f"group {self.group!r}: its live members {'do not consume' if in_order else 'consume'} in order, this consumer "
+                f"{'does' if in_order else 'does not'}. Order is kept only if all do: make all of them orderly=True, or none")
         if code == SB_GONE:
             raise _errors.GroupNotExist(f"group {self.group!r} was deleted while this consumer joined it")
         if code != SB_OK:
@@ -107,6 +117,8 @@ cdef class _Member(_QueueReader):
                 # With the GIL: a consumer made meanwhile by another thread must not lose what it claims.
                 sb_group_give_back(&self.client.region.r, self.group_slot, self.client.slot)
                 sb_group_leave(&self.client.region.r, self.group_slot, self.client.slot)
+        if self.ownership is not None and self.client.fork_generation == sb_fork_generation:
+            self.ownership.give_up_idle([])
 
     def _shut(self):
         self.shut = True
@@ -160,6 +172,8 @@ cdef class _Member(_QueueReader):
             self.open_sources(r, route, known, None, True, sources)
         self.sources = sources
         self.generation = generation
+        if self.ownership is not None:
+            self.ownership.give_up_idle(sources)  # those that are none of ours any more
         return 0
 
     cdef str retry_topic(self):

@@ -64,8 +64,8 @@ void sb_group_prepare_text(char *place, const char *text)
     sb_racy_copy(place, padded, sizeof padded);
 }
 
-int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
-                  int64_t deadline_ns, uint64_t *generation)
+int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int in_order,
+                  int self_counts, int64_t deadline_ns, uint64_t *generation)
 {
     if (group >= r->limits.groups || slot >= r->limits.clients || strlen(text) >= SB_SUBSCRIPTION_BYTES) {
         return SB_INVALID;
@@ -82,6 +82,8 @@ int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot,
         code = SB_GONE; /* deleted since it was found, its slot perhaps another's; with a member it never is */
     } else if (differs && (sb_load(&g->subscription_set) || (agreed[0] && has_live_member(r, g, slot, self_counts)))) {
         code = SB_EXISTS;
+    } else if (g->in_order != (uint32_t)in_order && has_live_member(r, g, slot, self_counts)) {
+        code = SB_IN_USE;
     } else if (differs) {
         for (uint32_t i = 0; i < SB_CLIENT_WORDS; i++) {
             sb_store(&g->members[i], 0); /* the dead, and those of a deleted group in this slot */
@@ -91,6 +93,7 @@ int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot,
         sb_store(&g->subscription_generation, *generation); /* SYNC: subscription */
     }
     if (code == SB_OK) {
+        g->in_order = (uint32_t)in_order;
         (void)atomic_fetch_or(&g->members[slot / 64], 1ull << (slot % 64));
     }
     sb_definition_unlock(r);

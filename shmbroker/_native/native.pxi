@@ -229,6 +229,7 @@ cdef extern from "wait.h" nogil:
     uint32_t sb_wake_everybody(sb_region *r)
     uint32_t sb_waiter_wake(sb_region *r, uint32_t slot)
     uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group)
+    uint32_t sb_wake_member(sb_region *r, uint32_t group, uint32_t client)
     uint32_t sb_wake_topics_since(sb_region *r, uint64_t since, uint64_t to)
     int sb_worker_sleep(sb_region *r, uint32_t role, uint32_t mode, uint64_t seen, int64_t deadline_ns)
     uint32_t sb_worker_post(sb_region *r, uint32_t role, int urgent)
@@ -295,8 +296,8 @@ cdef extern from "definition.h" nogil:
     void sb_definition_unlock(sb_region *r)
 
 cdef extern from "membership.h" nogil:
-    int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int self_counts,
-                      int64_t deadline_ns, uint64_t *generation)
+    int sb_group_join(sb_region *r, uint32_t group, const char *name, uint32_t slot, const char *text, int in_order,
+                      int self_counts, int64_t deadline_ns, uint64_t *generation)
     void sb_group_leave(sb_region *r, uint32_t group, uint32_t slot)
     uint64_t sb_group_subscription(const sb_region *r, uint32_t group, char *text)
     bint sb_group_is_paused(const sb_region *r, uint32_t group)

@@ -30,6 +30,8 @@ cdef extern from "claim.h" nogil:
         sb_word redelivered
         sb_word refused
         sb_word recorded
+        sb_word owner
+        sb_word wanted
     enum:
         SB_PROGRESS_VERSION
         SB_RUN_ACKED
@@ -176,7 +178,7 @@ cdef dict progress_dict(sb_region *r, uint32_t table, bytes body):
         "next_offset": sb_load(&queue.next_offset), "acked": acked, "attempts": attempts, "overflow": overflow,
         "held": held, "oldest_held": oldest if held else None, "oldest_holder": holder if held else None,
         "delivered": sb_load(&c.delivered), "redelivered": sb_load(&c.redelivered), "refused": sb_load(&c.refused),
-        "reset_generation": p.reset_generation,
+        "reset_generation": p.reset_generation, "owner": <int64_t>sb_load(&c.owner) - 1 if sb_load(&c.owner) else None,
     }
 
 

@@ -13,6 +13,8 @@ ctypedef struct Look:
     int64_t bytes_left  # once it is used up, no more is claimed
     uint32_t now_ms, deadline_ms
     bint take_over  # what others have prefetched and not begun; else what nobody has
+    bint in_order   # nothing behind what cannot be had, or
+    bint spoiled    # cannot be read
     sb_claim claim
     bint claimed  # `claim` is held for a message that is not among those found yet
 
@@ -27,6 +29,10 @@ cdef inline const uint8_t *within(bytes window, uint64_t start, uint64_t positio
 cdef inline bint stops(int code) noexcept:
     """Nothing more can be claimed in this queue now; see ``claim``."""
     return code == SB_NO_SPACE or code == SB_GONE
+
+cdef inline bint blocks(const Look *look, int code) noexcept:
+    """Nor what stands behind it in this queue."""
+    return stops(code) or (look.in_order and (code == SB_LOST or look.spoiled))
 
 cdef uint64_t visible_limit(sb_region *r) noexcept:
     """Messages before it may be delivered. Loaded before anything it limits (R8)."""
@@ -47,6 +53,7 @@ cdef class _QueueReader:
     cdef bint stalled            # the files did not have yet what the index no longer has
     cdef list spent              # claimed messages that have had all their deliveries; None: none
     cdef object corrupt          # the CorruptLog that a message met; told once there is nothing sound to deliver
+    cdef _Ownership ownership    # of a consumer in order; None: the members share every queue
     cdef bytes window            # a piece of the log, from the files, for a consumer that lags behind the ring
     cdef uint64_t window_start
     cdef bytes older             # the one before: its queues do not cross from one to the next all at once
@@ -89,6 +96,10 @@ cdef class _QueueReader:
 
     def _max_deliveries(self, ReceivedMessage message):
         """How often this message, which was delivered before, may be delivered to the group."""
+        raise NotImplementedError
+
+    def _locks_removed(self):
+        """Somebody has removed the semaphores that say who owns a queue."""
         raise NotImplementedError
 
     def _bury(self, list messages):
@@ -227,6 +238,7 @@ cdef class _QueueReader:
 
     cdef void set_aside(self, sb_region *r, _Source source, Look *look) noexcept:
         """What cannot be read must not be prefetched again and again: it is held for a while."""
+        look.spoiled = True
         if look.deadline_ms == 0:
             sb_claim_renew(r, source.table, look.claim.offset, look.claim.word, self.client.slot,
                            sb_claim_deadline_after(look.now_ms, UNREADABLE_MS), &look.claim)
@@ -308,10 +320,31 @@ cdef class _QueueReader:
             self.delivered(r, source, <uint32_t>(len(out) - before))
         return 0
 
+    cdef int collect_in_order(self, sb_region *r, _Source source, Look *look, Py_ssize_t room, list out) except -1:
+        """From the oldest that is not acknowledged on, and nothing behind one that somebody has."""
+        cdef uint64_t start = 0, offset = 0, tried = 0xffffffffffffffff
+        cdef Py_ssize_t before
+        cdef int code = SB_OK
+        while len(out) < room and code == SB_OK and not look.spoiled:
+            code = sb_claim_oldest(r, source.table, source.life, start, look.now_ms, &offset)
+            if code == SB_LOST or offset == tried:
+                break
+            tried = offset
+            before = self.taken(out)
+            self.collect_run(r, source, offset, look, room if code == SB_END else len(out) + 1, out)
+            if self.taken(out) > before:
+                start = offset + 1  # it is ours; else it was passed over, or could not be claimed
+        return 0
+
+    cdef Py_ssize_t taken(self, list out):
+        return len(out) + (len(self.spent) if self.spent is not None else 0)
+
     cdef int look_in(self, sb_region *r, _Source source, Look *look, Py_ssize_t room, list out) except -1:
         try:
             if look.take_over:
                 self.take_over_from(r, source, look, room, out)
+            elif look.in_order:
+                self.collect_in_order(r, source, look, room, out)
             else:
                 self.collect_from(r, source, look, room, out)
         except _errors.CorruptLog as error:  # of one queue's files: the other queues go on
@@ -338,7 +371,7 @@ cdef class _QueueReader:
         cdef int code = SB_OK
         cdef Py_ssize_t want
         cdef bint alone = self.was_claimed(r, source, offset)  # a released one: only this
-        while len(out) < room and not stops(code):
+        while len(out) < room and not blocks(look, code):
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
             if code == SB_BEHIND or code == SB_AGAIN:  # left the index, or does not come to rest there: the files know
@@ -348,7 +381,7 @@ cdef class _QueueReader:
             elif code == SB_OK:
                 for i in range(found):
                     code = self.deliver(r, source, offset, positions[i], look, out)
-                    if stops(code):
+                    if blocks(look, code):
                         break
                     offset += 1
                     if len(out) >= room:
@@ -388,7 +421,7 @@ cdef class _QueueReader:
                 continue
             if code == SB_OK:
                 code = self.deliver(r, source, offset[0], position, look, out)
-            if code == SB_END or stops(code):
+            if code == SB_END or blocks(look, code):
                 return code
             offset[0] += 1
             want -= 1
@@ -456,11 +489,8 @@ cdef class _QueueReader:
     cdef list collect(self, sb_region *r, Py_ssize_t room, uint32_t invisible_ms):
         """Claimed messages, at most ``room``. invisible_ms 0: they are prefetched, not delivered."""
         cdef list out = []
-        cdef list sources = self.sources
-        cdef Py_ssize_t count = len(sources), i, most
-        cdef _Source source
         cdef Look look
-        look.claimed = look.take_over = False
+        look.claimed = look.take_over = look.in_order = look.spoiled = False
         look.bytes_left = self.bytes_ahead
         look.limit = visible_limit(r)  # SYNC: tail
         look.now_ms = <uint32_t>(sb_now_ns() // 1_000_000)
@@ -469,6 +499,20 @@ cdef class _QueueReader:
         self.stalled = False
         if self.is_paused(r):
             return out
+        if self.ownership is None:
+            self.collect_shared(r, room, &look, out)
+        else:
+            self.collect_owned(r, room, &look, out)
+        if self.spent is not None:
+            self.bury(out)
+        if not out:
+            self.nothing_found(r)
+        return out
+
+    cdef int collect_shared(self, sb_region *r, Py_ssize_t room, Look *look, list out) except -1:
+        cdef list sources = self.sources
+        cdef Py_ssize_t count = len(sources), i, most
+        cdef _Source source
         for i in range(count):
             if len(out) >= room:
                 break
@@ -477,17 +521,60 @@ cdef class _QueueReader:
             if most <= len(out) or source.ahead_bytes >= self.queue_bytes:
                 self.stalled = True  # until some of these are done with: nobody wakes us for that
             else:
-                self.look_in(r, source, &look, most, out)
+                self.look_in(r, source, look, most, out)
         if not out:
             look.take_over = True
             for source in sources:
                 if len(out) < self.idle_room:
-                    self.look_in(r, source, &look, min(room, self.idle_room), out)
-        if self.spent is not None:
-            self.bury(out)
+                    self.look_in(r, source, look, min(room, self.idle_room), out)
+        return 0
+
+    cdef int collect_owned(self, sb_region *r, Py_ssize_t room, Look *look, list out) except -1:
+        """Messages of one queue that this consumer owns and none of its threads works on. Nobody else is as near to the
+        queues: it takes those that are free, gives up those that others ask for, and wakes the owners of what waits."""
+        cdef list sources = self.sources
+        cdef Py_ssize_t count = len(sources), i
+        cdef _Source source
+        cdef int code
+        look.in_order = True
+        self.ownership.serve(r, sources)
+        for i in range(count):
+            source = <_Source>sources[(self.turn + i) % count]
+            code = self.ownership.own(r, source)
+            if code == SB_GONE:
+                self._locks_removed()
+                return 0
+            if code == SB_OK and not source.busy:
+                look.spoiled = False
+                self.look_in(r, source, look, min(room, <Py_ssize_t>self.queue_room), out)
+                if out:
+                    source.busy = True
+                    break
+        self.ownership.balance(r, sources)
         if not out:
-            self.nothing_found(r)
-        return out
+            self.tell_owners(r, look.limit)
+        return 0
+
+    cdef int tell_owners(self, sb_region *r, uint64_t limit) except -1:
+        """Whoever appends wakes any member, which is perhaps not the owner of that queue."""
+        cdef uint32_t now_ms = <uint32_t>(sb_now_ns() // 1_000_000)
+        cdef uint64_t owner
+        cdef _Source source
+        for source in self.sources:
+            owner = sb_load(&sb_claims_at(r, source.table).owner)
+            if owner and not source.owned and self.is_ready(r, source, limit, now_ms):
+                sb_wake_member(r, source.group_slot, <uint32_t>owner - 1)
+        return 0
+
+    cdef bint is_ready(self, sb_region *r, _Source source, uint64_t limit, uint32_t now_ms) noexcept:
+        """Its oldest message can be had by the owner. Exact, or members that wait for others would wake each other for ever."""
+        cdef uint64_t offset = 0, position
+        cdef uint32_t found = 0
+        cdef int code
+        if not source.is_current(r) or sb_claim_oldest(r, source.table, source.life, 0, now_ms, &offset) == SB_LOST:
+            return False
+        code = sb_index_lookup(r, source.queue_slot, offset, limit, 1, &source.cursor, &position, &found)
+        return code == SB_OK or code == SB_BEHIND
 
     cdef bint is_paused(self, sb_region *r) noexcept:
         """Nobody of the group gets anything now."""

@@ -16,6 +16,7 @@ cdef extern from "claim.h" nogil:
                        sb_claim *started)
     int sb_claim_skip(sb_region *r, uint32_t table, uint64_t life, uint64_t offset)
     uint32_t sb_claim_released(sb_region *r, uint32_t table, uint32_t now_ms, uint64_t *offsets, uint32_t count)
+    int sb_claim_oldest(sb_region *r, uint32_t table, uint64_t life, uint64_t offset_from, uint32_t now_ms, uint64_t *offset)
     void sb_claim_advance(sb_region *r, uint32_t table, uint64_t life, uint64_t offset, uint32_t deadline_ms)
     uint64_t sb_claim_next(const sb_region *r, uint32_t table)
     int sb_claim_ack(sb_region *r, uint32_t table, uint64_t offset, uint64_t receipt, uint32_t slot)
@@ -54,6 +55,10 @@ cdef class _Source:
     cdef uint64_t entries_first
     cdef uint32_t ahead        # messages that a push consumer has prefetched and is not done with, and their bytes
     cdef int64_t ahead_bytes
+    cdef bint owned            # orderly: its semaphore is this process's, through this consumer
+    cdef bint busy             # orderly: a thread of this consumer works on it
+    cdef int64_t yielded_ns    # orderly: when it was given up for somebody who asked for it
+    cdef dict answered         # orderly: offset -> attempts of those whose last delivery ended with an answer; None: none
 
     cdef inline bint is_current(self, sb_region *r) noexcept:
         """The table still belongs to this group and queue; it is given to others when one of them is deleted."""

@@ -330,6 +330,19 @@ uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group)
     return topic < r->limits.topics ? wake_sleepers(r, topic, group) : 0;
 }
 
+uint32_t sb_wake_member(sb_region *r, uint32_t group, uint32_t client)
+{
+    uint32_t used = waiters_in_use(r);
+    sb_fence();
+    for (uint32_t i = 0; i < used; i++) {
+        sb_waiter *w = sb_waiter_at(r, i);
+        if (atomic_load(&w->state) >> 8 == client + 1 && w->kind == SB_WAIT_MESSAGE && w->group == group && post(r, w)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
 uint32_t sb_wake_topics_since(sb_region *r, uint64_t from, uint64_t to)
 {
     uint32_t posts = 0;

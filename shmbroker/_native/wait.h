@@ -42,6 +42,7 @@ uint32_t sb_publish_replicated(sb_region *r, uint64_t position);          /* the
 uint32_t sb_wake_everybody(sb_region *r);                                  /* state changed: all must look */
 uint32_t sb_wake_topic(sb_region *r, uint32_t topic);                      /* one sleeper of every group */
 uint32_t sb_wake_group(sb_region *r, uint32_t topic, uint32_t group);      /* one sleeper of this group */
+uint32_t sb_wake_member(sb_region *r, uint32_t group, uint32_t client);     /* one sleeper of this process in this group */
 uint32_t sb_wake_topics_since(sb_region *r, uint64_t from, uint64_t to);   /* topics whose newest message lies in [from, ...) */
 
 /* Workers. */
