@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shmbroker._native._core import Client, ConsumerCore, ReceivedMessage, Region
+from shmbroker._native._core import ConsumerCore, ReceivedMessage, Region
 from shmbroker.config import Config
 from shmbroker.delivery.snapshot import bounded_groups
 from shmbroker.errors import (
@@ -23,7 +22,7 @@ from shmbroker.errors import (
     TopicNotExist,
 )
 from shmbroker.failpoint import failpoint
-from shmbroker.handle import Handle
+from shmbroker.handle import Handle, Home
 from shmbroker.naming import check_group
 from shmbroker.queue_time import BEHIND_THE_LAST, ConsumeFrom, QueueTimes, check_consume_from
 from shmbroker.record import RecordKind
@@ -32,26 +31,13 @@ from shmbroker.send_back import SendBack
 from shmbroker.subscription import encode_subscription, format_subscription, parse_subscriptions, read_subscription
 
 if TYPE_CHECKING:
-    from shmbroker.log_files import LogFiles
+    pass
 
 logger = logging.getLogger("shmbroker.consumer")
 
 
-class ConsumerHome(Protocol):
+class ConsumerHome(Home, Protocol):
     """What a consumer asks of the broker handle that made it."""
-
-    config: Config
-    files: LogFiles
-
-    @property
-    def directory(self) -> Path:
-        """The broker's directory."""
-
-    def attach(self) -> Client:
-        """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
-
-    def attach_serving(self, timeout: float) -> Client:
-        """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
 
 
 class SimpleConsumer(Handle, ConsumerCore):

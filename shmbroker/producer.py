@@ -11,19 +11,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from shmbroker._native._core import BatchResult, Client, Message, ProducerCore, SendResult, crc32c
 from shmbroker.completion import Completion
-from shmbroker.config import Config
 from shmbroker.errors import BadRequest, BrokerClosed, TopicNotExist
-from shmbroker.handle import Handle
+from shmbroker.handle import Handle, Home
 from shmbroker.message import due_ns, no_message, wrong_type
 from shmbroker.naming import check_group
 
 if TYPE_CHECKING:
-    from shmbroker.log_files import LogFiles
+    pass
 
 Result = TypeVar("Result")
 QueueSelector = Callable[[Sequence[int], Message, Any], int]
@@ -49,21 +47,8 @@ class SendCallback(Protocol):
         """The message is not stored."""
 
 
-class ProducerHome(Protocol):
+class ProducerHome(Home, Protocol):
     """What a producer asks of the broker handle that made it."""
-
-    config: Config
-    files: LogFiles
-
-    @property
-    def directory(self) -> Path:
-        """The broker's directory."""
-
-    def attach(self) -> Client:
-        """This process's attachment to the running broker; a new one after a restart of the broker or a fork."""
-
-    def attach_serving(self, timeout: float) -> Client:
-        """The same, but while the broker is stopping wait ``timeout`` seconds for what comes after it."""
 
     def recall(self, handle: str) -> bool:
         """As Broker.recall."""
