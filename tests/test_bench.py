@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
+from support.running import running
 
+from shmbroker.tools import bench_consumers, bench_processes
 from shmbroker.tools.bench_floors import Floors, record_bytes
 from shmbroker.tools.bench_lifecycle import MARK, calls_between_marks
 from shmbroker.tools.bench_processes import Failed
 from shmbroker.tools.bench_report import Figure, Target, alternate, human
 
 pytestmark = pytest.mark.native
+
+resource_tracker.ensure_running()  # multiprocessing's own, which it starts with the first process and keeps
 
 
 def test_the_floors_build_and_measure_this_machine(tmp_path: Path) -> None:
@@ -76,3 +81,39 @@ def test_figures_are_written_with_a_fitting_unit() -> None:
     assert human(126e-6, "s") == "126 us"
     assert human(2.5 * 2**30, "B/s") == "2.5 GiB/s"
     assert human(7, "") == "7"
+
+
+def test_push_consumers_are_fed_until_all_is_acknowledged(directory: Path) -> None:
+    count = bench_consumers.BACKLOG + 10_000
+    with running(directory, ring_bytes="32 MiB", segment_bytes="32 MiB", claim_window=1024) as broker:
+        broker.create_topic(bench_processes.TOPIC)
+        feed = (bench_consumers.feed, (directory, count, 100))
+        push = (bench_consumers.push, (directory, count))
+        answers = bench_processes.run_fleet([feed, push, push], seconds=60)
+        assert all(answer > 0 for answer in answers)
+        assert bench_consumers.acked(broker) == count
+
+
+def test_a_lagging_consumer_catches_up_beside_producers_who_keep_their_pace_meanwhile(directory: Path) -> None:
+    count, rate = 10_000, 1000
+    with running(directory, segment_bytes="4 MiB") as broker:
+        broker.create_topic(bench_processes.TOPIC)
+        broker.create_group(bench_processes.GROUP)
+        with broker.producer("test") as producer:
+            for _ in range(count // 100):
+                producer.send_batch(bench_processes.messages(100, 1024))
+        lagging = (bench_consumers.receive_lagging, (directory, count, 32, 2))
+        beside = (bench_consumers.send_beside, (directory, rate, 1024, count))
+        caught, kept = bench_processes.run_fleet([lagging, beside], seconds=60)
+        assert min(caught.seconds, caught.bare_seconds, caught.processor) > 0
+        assert 0 < kept < 2 * rate
+        assert bench_consumers.acked(broker) >= count
+
+
+def test_who_sleeps_and_who_works_is_told_by_its_processor_time(directory: Path) -> None:
+    with running(directory) as broker:
+        broker.create_topic(bench_processes.TOPIC)
+        roles = (bench_consumers.watch_workers, bench_consumers.sleep_in_receive, bench_consumers.sleep_in_push)
+        workers, *sleepers = bench_processes.run_fleet([(role, (directory, 0.2)) for role in roles], seconds=60)
+        assert {"supervisor", "flusher", "dispatcher", "janitor", "scheduler"} <= set(workers)
+        assert all(0 <= used < 0.2 for used in (*workers.values(), *sleepers))
