@@ -159,6 +159,13 @@ class RuntimeConfig:
         2, "ready segments that only the broker's own records may use when the disk is full", 1, 64
     )
     retention_bytes: int = _key(0, "consumed log kept; 0 keeps all, until the disk is full", 0, 2**63 - 1)
+    retention_ms: int = _key(
+        0,
+        "consumed log is kept so long after it was written; 0 keeps all, until the disk is full",
+        0,
+        100 * 365 * 86_400_000,
+    )
+    delete_unconsumed: bool = _key(False, "log goes by size, by age, and when the disk is full, consumed or not")
     progress_interval_ms: int = _key(1000, "group progress is written to the log so often", 10, 3_600_000)
     snapshot_interval_bytes: int = _key(
         64 * MIB, "log between two snapshots of definitions and progress; at most a segment", 64 * KIB, 4 * GIB
@@ -207,6 +214,7 @@ ROCKETMQ_KEYS: Final[dict[str, tuple[str, int]]] = {
     "flushIntervalCommitLog": ("flush_interval_ms", 1),
     "flushCommitLogLeastPages": ("flush_least_bytes", PAGE_BYTES),
     "mappedFileSizeCommitLog": ("segment_bytes", 1),
+    "fileReservedTime": ("retention_ms", 3_600_000),
     "diskSpaceWarningLevelRatio": ("disk_full_watermark", 1),
     "messageDelayLevel": ("message_delay_level", 1),
 }

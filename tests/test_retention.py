@@ -18,6 +18,7 @@ from support.waiting import wait_until
 import shmbroker
 from shmbroker import Message
 from shmbroker._native._core import Region
+from shmbroker.config import RuntimeConfig
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
 
@@ -45,6 +46,12 @@ def filled(tmp_path: Path) -> Iterator[tuple[Region, ConsumeQueues]]:
     queues.close()
 
 
+def retained(
+    region: Region, queues: ConsumeQueues, noted: list[int], log: Path = Path("/nowhere"), **settings: Any
+) -> bool:
+    return retain(region, queues, log, RuntimeConfig(**settings), noted.append)
+
+
 def consume(region: Region, group_id: int, queue_id: int, base: int) -> None:
     region.restore_progress(Progress(group_id, 1, queue_id, 0, base).encode())
 
@@ -55,7 +62,7 @@ def test_what_no_group_has_consumed_yet_waits_for_the_first(tmp_path: Path, full
     with filled(tmp_path) as (region, queues):
         if full:
             region.publish_store_state(STORE_FULL, 0)
-        assert not retain(region, queues, 1, noted.append)
+        assert not retained(region, queues, noted, retention_bytes=1)
         assert (region.get("kept"), noted) == (0, [])
 
 
@@ -63,12 +70,12 @@ def test_a_queue_added_while_its_group_was_away_waits_for_it(tmp_path: Path) -> 
     noted: list[int] = []
     with filled(tmp_path) as (region, queues):
         consume(region, 1, 0, MESSAGES)
-        assert not retain(region, queues, 1, noted.append)
+        assert not retained(region, queues, noted, retention_bytes=1)
         consume(region, 2, 0, MESSAGES)
         consume(region, 2, 1, MESSAGES)
-        assert not retain(region, queues, 1, noted.append), "the other group has consumed it, this one has not"
+        assert not retained(region, queues, noted, retention_bytes=1), "one group has, the other has not"
         consume(region, 1, 1, 3)
-        assert retain(region, queues, 1, noted.append)
+        assert retained(region, queues, noted, retention_bytes=1)
         assert noted == [region.get("kept")] == [3 * SEGMENT]
 
 
@@ -81,7 +88,7 @@ def test_what_every_group_has_consumed_is_given_up(tmp_path: Path, full: bool) -
         for queue_id in range(2):
             consume(region, 1, queue_id, 5)
             consume(region, 2, queue_id, 6)
-        assert retain(region, queues, 0 if full else 1, noted.append)
+        assert retained(region, queues, noted, retention_bytes=0 if full else 1)
         assert noted == [region.get("kept")] == [5 * SEGMENT]
         assert [queue["first_offset"] for queue in region.topics()[0]["queues"]] == [5, 5]
 
@@ -91,8 +98,8 @@ def test_without_retention_bytes_everything_stays_until_the_disk_is_full(tmp_pat
     with filled(tmp_path) as (region, queues):
         for queue_id in range(2):
             consume(region, 1, queue_id, MESSAGES)
-        assert not retain(region, queues, 0, noted.append)
-        assert retain(region, queues, 2 * SEGMENT, noted.append)
+        assert not retained(region, queues, noted, retention_bytes=0)
+        assert retained(region, queues, noted, retention_bytes=2 * SEGMENT)
         assert noted == [region.get("kept")] == [6 * SEGMENT]
 
 

@@ -64,18 +64,30 @@ def _consumed(region: Region) -> list[tuple[str, dict[str, Any], list[dict[str, 
     """Each group by name: its name, its subscription, and how far it is in each queue."""
     subscriptions = {entry["name"]: _subscription(entry["subscription"]) for entry in region.groups()}
     queues = [(topic, queue) for topic in region.topics() for queue in topic["queues"]]
+    first = {(topic["name"], queue["queue_id"]): queue["first_offset"] for topic, queue in queues}
     progress = region.progress()
     found = []
     for name in sorted({*subscriptions, *(table["group"] for table in progress)}):
         subscription = subscriptions.get(name, {})
         aside = DEAD_LETTER_PREFIX + name  # `shmbroker dlq` consumes there, not the members
-        tables = {_place(table): table for table in progress if table["group"] == name and table["topic"] != aside}
+        own = (table for table in progress if table["group"] == name and table["topic"] != aside)
+        tables = {_place(table): _still_there(table, first[_place(table)]) for table in own if _place(table) in first}
         for topic, queue in queues:  # one that no member has looked at yet: the group is at its first message
             if topic["name"] in subscription or topic["name"] == RETRY_PREFIX + name:
                 place = {"topic": topic["name"], "topic_id": topic["topic_id"], "base": queue["first_offset"]}
                 tables.setdefault((topic["name"], queue["queue_id"]), {**_UNTOUCHED, **queue, **place})
         found.append((name, subscription, [tables[place] for place in sorted(tables)]))
     return found
+
+
+def _still_there(table: dict[str, Any], first: int) -> dict[str, Any]:
+    """Without what retention has taken unconsumed: the next receive passes over it."""
+    acked = [(max(start, first), start + count) for start, count in table["acked"] if start + count > first]
+    return table | {
+        "base": max(table["base"], first),
+        "acked": [(start, end - start) for start, end in acked],
+        "overflow": [offset for offset in table["overflow"] if offset >= first],
+    }
 
 
 _UNTOUCHED: Final[dict[str, Any]] = {

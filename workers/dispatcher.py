@@ -45,7 +45,7 @@ def serve(worker: common.Worker) -> None:
     checkpoints = CheckpointFile(paths.checkpoint)
     last = checkpoints.read() or Checkpoint(worker.store)
     dispatcher = Dispatcher(region, Source(region, readers[0], scan_to_dispatch), queues, indexer, last.dispatched)
-    upkeep = Upkeep(region, worker.config.runtime, dispatcher, own_queues, indexer, checkpoints, last)
+    upkeep = Upkeep(region, worker.config.runtime, dispatcher, own_queues, indexer, checkpoints, last, paths.log)
     thread = _UpkeepThread(worker, upkeep)
     thread.start()
     try:

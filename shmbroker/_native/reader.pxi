@@ -366,12 +366,18 @@ cdef class _QueueReader:
     cdef int collect_run(self, sb_region *r, _Source source, uint64_t offset, Look *look, Py_ssize_t room,
                          list out) except -1:
         """Consecutive messages from ``offset`` on."""
-        cdef uint64_t start = offset, positions[RUN_MAX]
+        cdef uint64_t start = offset, first, positions[RUN_MAX]
         cdef uint32_t found = 0, i
         cdef int code = SB_OK
         cdef Py_ssize_t want
         cdef bint alone = self.was_claimed(r, source, offset)  # a released one: only this
         while len(out) < room and not blocks(look, code):
+            first = sb_load(&sb_queue_at(r, source.queue_slot).first_offset)
+            if offset < first:  # retention has taken them, though the index may still know where they were
+                code = self.pass_to(r, source, &offset, first, True)
+                if alone:
+                    break
+                continue
             want = 1 if alone else RUN_MAX if source.filter is not None else min(room - len(out), RUN_MAX)
             code = sb_index_lookup(r, source.queue_slot, offset, look.limit, <uint32_t>want, &source.cursor, positions, &found)
             if code == SB_BEHIND or code == SB_AGAIN:  # left the index, or does not come to rest there: the files know

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import lmdb
@@ -61,10 +62,11 @@ class Upkeep:
         indexer: Indexer,
         checkpoints: CheckpointFile,
         last: Checkpoint,
+        log: Path,
     ) -> None:
         """``own_queues`` is a second object over the files of the dispatcher's queues, for this thread.
 
-        ``last`` is the newest checkpoint: store id and epochs go on from it.
+        ``last`` is the newest checkpoint: store id and epochs go on from it. ``log`` is where the segments are.
         """
         self._region = region
         self._config = config
@@ -73,6 +75,7 @@ class Upkeep:
         self._indexer = indexer
         self._checkpoints = checkpoints
         self._last = last
+        self._log = log
         # Set when consume queue files were removed; cleared by the dispatcher's thread.
         self.unlinked = threading.Event()
         self._last_checkpoint = time.monotonic()
@@ -209,7 +212,7 @@ class Upkeep:
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
 
     def _retain(self) -> float:
-        if retain(self._region, self._own_queues, self._config.retention_bytes, self._note_kept):
+        if retain(self._region, self._own_queues, self._log, self._config, self._note_kept):
             logger.info("the log before position %d is no longer needed", self._region.get("kept"))
             self.unlinked.set()
         self._indexer.drop_before(self._region.get("kept"))
