@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.consuming import ALL, asleep, bodies_of, numbered
@@ -14,7 +15,8 @@ from support.served import served
 from support.waiting import assert_in_time
 
 import shmbroker
-from shmbroker import BadRequest, BrokerClosed, Message, ReceiptExpired, SendStatus, aio
+from shmbroker import BadRequest, BrokerClosed, Message, ReceiptExpired, ReceivedMessage, SendStatus, aio
+from shmbroker.aio import consumer as aio_consumer
 from shmbroker.aio import waits
 
 # ---- messages ----------------------------------------------------------------------------------------------------
@@ -122,6 +124,35 @@ def test_many_coroutines_wait_with_one_thread(directory: Path) -> None:
             await producer.send_batch([Message("orders", body) for body in numbered(16)])
             messages = [message for task in receiving for message in await task]
             assert sorted(bodies_of(messages)) == sorted(numbered(16))
+            await consumer.ack(messages)
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_in_a_paused_group_do_not_wake_each_other_for_what_none_of_them_gets(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    receive = aio_consumer.Core.receive
+
+    def counted(core: aio_consumer.Core, *arguments: Any) -> list[ReceivedMessage]:
+        looks.append(arguments)
+        return receive(core, *arguments)
+
+    monkeypatch.setattr(aio_consumer.Core, "receive", counted)
+
+    async def main() -> None:
+        async with opened(directory) as broker, broker.simple_consumer("audit", ALL) as consumer:
+            receiving = [asyncio.create_task(consumer.receive(1, wait=FAR)) for _ in range(4)]
+            await until(lambda: waiting(broker) == 4, "all of them sleep")
+            broker.plain.pause_group("audit")
+            with broker.plain.producer("test") as producer:
+                producer.send_batch([Message("orders", body) for body in numbered(4)])
+            await asyncio.wait(receiving, timeout=0.3)
+            assert len(looks) < 40
+            broker.plain.resume_group("audit")
+            messages = [message for task in receiving for message in await task]
+            assert sorted(bodies_of(messages)) == numbered(4)
             await consumer.ack(messages)
 
     asyncio.run(main())

@@ -126,7 +126,7 @@ def test_what_is_deleted_unconsumed_is_told_to_the_group_and_the_rest_delivered(
         first = broker.topics()[0]["queues"][0]["first_offset"]
         assert 1500 < first < 2200
         (group,) = group_lag.brief(broker.region)
-        assert group == {"group": "billing", "lag_messages": 3500 - first, "in_flight": 0}
+        assert group["lag_messages"] == 3500 - first
         if restarted:
             stack.close()
             broker = stack.enter_context(running(directory, **settings))

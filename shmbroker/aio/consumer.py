@@ -83,11 +83,14 @@ class SimpleConsumer(AsyncHandle):
         found = await self._look(max_messages, invisible)
         while not found and (left := deadline - loop.time()) > 0.0:
             try:
-                with self._waits.at(self._core.client).message(self._core) as sleep:
+                waits = self._waits.at(self._core.client)
+                with waits.message(self._core) as woken:
                     found = await self._look(max_messages, invisible)
                     if not found:
-                        await sleep(left)
+                        await waits.sleep(woken, left)
                         found = await self._look(max_messages, invisible)
+                if found:
+                    woken.pass_on()
             except BrokerClosed:
                 if self._closed:
                     raise

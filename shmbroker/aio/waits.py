@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from typing import Any, Final, TypeVar
 
@@ -107,19 +106,23 @@ class Waits:
     # ---- the loop
 
     @contextmanager
-    def message(self, consumer: ConsumerCore) -> Iterator[Callable[[float], Awaitable[None]]]:
-        """From here on whoever makes a message claimable wakes us. Look once more, then sleep, then look.
+    def message(self, consumer: ConsumerCore) -> Iterator[MessageWait]:
+        """From here on whoever makes a message claimable wakes us. Look once more, then ``sleep``, then look.
 
-        Who is woken and leaves with messages still to be had, or is cancelled before it looks, wakes another member.
+        Who was woken wakes another member if there is more: if it has found something, and then says so with
+        ``pass_on``, or if it is cancelled before it could look.
         """
         wait = MessageWait(self._hub, consumer)
         try:
-            yield partial(self._sleep, wait)
-        finally:
+            yield wait
+        except BaseException:
             wait.end()
             wait.pass_on()
+            raise
+        wait.end()
 
-    async def _sleep(self, wait: MessageWait, seconds: float) -> None:
+    async def sleep(self, wait: MessageWait, seconds: float) -> None:
+        """Until it is posted, but at most so long, and no longer than LOOK_SECONDS."""
         future = self._loop.create_future()
         self._sleepers[wait] = future
         if wait.posted:  # before the hub's thread could see that somebody sleeps
