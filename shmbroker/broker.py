@@ -147,9 +147,9 @@ class Broker(Definitions):
 
     def simple_consumer(self, group: str, subscriptions: Mapping[str, str | Sql], **settings: Any) -> SimpleConsumer:
         """A consumer that fetches and acknowledges by itself. ``subscriptions``: topic to tag or SQL expression."""
-        from shmbroker.consumer import SimpleConsumer
+        from shmbroker.broadcasting import consumer_of
 
-        return self._adopt(SimpleConsumer(self, check_group(group), subscriptions, **settings))
+        return self._adopt(consumer_of(self, check_group(group), subscriptions, **settings))
 
     def push_consumer(
         self, group: str, listener: Listener, subscriptions: Mapping[str, str | Sql], **settings: Any

@@ -19,6 +19,7 @@ GroupId = NewType("GroupId", int)
 
 RETRY_PREFIX: Final = "%RETRY%"
 DEAD_LETTER_PREFIX: Final = "%DLQ%"
+BROADCAST_PREFIX: Final = "%BROADCAST%"
 TOPIC_LENGTH_MAX: Final = 127
 GROUP_LENGTH_MAX: Final = 120
 PREFIXED_TOPIC_LENGTH_MAX: Final = 255
@@ -27,6 +28,8 @@ PERMISSIONS: Final = {"r": 4, "w": 2, "rw": 6}  # of topics: RocketMQ's bits, an
 OBJECT_PREFIX: Final = "shmbroker-"
 
 _ALPHABET: Final = re.compile(r"[%|a-zA-Z0-9_-]+", re.ASCII)
+_MEMBER: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}", re.ASCII)
+_PASSING: Final = re.compile(r"%BROADCAST%.*\|[0-9a-f]{16}", re.ASCII)
 _SEGMENT: Final = re.compile(r"[0-9]{20}", re.ASCII)
 _OBJECT: Final = re.compile(r"/shmbroker-[0-9a-f]{32}-[cr]", re.ASCII)
 
@@ -63,6 +66,21 @@ def check_group(name: str) -> str:
     if name in RESERVED_GROUPS:
         raise NameIllegal(f"group {name!r} is reserved, as in RocketMQ: choose a name of your own")
     return name
+
+
+def member_group(group: str, member: object, unique: str) -> str:
+    """The group that a member of a broadcasting group is by itself; without a name it is ``unique``. NameIllegal."""
+    start = BROADCAST_PREFIX + check_group(group)
+    if member is None:
+        return check_group(f"{start}|{unique}")
+    if not (isinstance(member, str) and _MEMBER.fullmatch(member)):
+        raise NameIllegal(f"member {member!r}: 1 to 64 letters, digits, _ and -")
+    return check_group(f"{start}%{member}")
+
+
+def is_passing_member(group: str) -> bool:
+    """Whether this is the group of a member without a name, which nobody comes back to."""
+    return _PASSING.fullmatch(group) is not None
 
 
 def permission_name(bits: int) -> str:

@@ -19,12 +19,12 @@ from typing import Any, Final
 
 from shmbroker import listening
 from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMessage
-from shmbroker.consumer import ConsumerHome, SimpleConsumer
+from shmbroker.broadcasting import CLUSTERING, consumer_of
+from shmbroker.consumer import ConsumerHome
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
 from shmbroker.handle import Handle
 from shmbroker.orderly import OrderlyMember
 from shmbroker.selector import Sql
-from shmbroker.send_back import SendBack
 from shmbroker.status import ConsumeOrderlyStatus, ConsumeStatus
 
 logger = logging.getLogger("shmbroker.push_consumer")
@@ -99,7 +99,9 @@ class PushConsumer(Handle, PushCore):
             raise BadRequest(f"suspend_current_queue_time = {suspend_current_queue_time}: from 0.01 to 30 seconds")
         if "spin" in settings:
             raise BadRequest("spin: only a SimpleConsumer burns a core while it waits")
-        consumer = (OrderlyMember if orderly else SimpleConsumer)(home, group, subscriptions, **settings)
+        if orderly and settings.get("message_model", CLUSTERING) != CLUSTERING:
+            raise BadRequest("orderly: the members of a group share its queues, so its message_model is CLUSTERING")
+        consumer = (OrderlyMember if orderly else consumer_of)(home, group, subscriptions, **settings)
         super().__init__(
             consumer,
             listener,
@@ -117,7 +119,7 @@ class PushConsumer(Handle, PushCore):
         self.late = 0
         self.error: BaseException | None = None
         self._consumer = consumer
-        self._sender = SendBack(home, consumer)
+        self._sender = consumer._send_back
         self._pid = os.getpid()
         self._most_renewals = -1 if max_renewals is None else max_renewals
         self._look_seconds = max(RENEWAL_LOOK_MIN_SECONDS, consume_timeout / RENEWAL_LOOKS)

@@ -5,6 +5,7 @@
     snapshot             every snapshot_interval_bytes of log
     checkpoint           every checkpoint_interval, and every 256 MiB of log
     retention            once a second; more often while the disk is full
+    abandoned members    once a second: groups of nameless broadcasting members that nobody has come back to
 
 What cannot be done for now (ring or disk full, store read-only, a damaged queue file) is tried again later. All of it
 may be killed anywhere: a duty repeated does no harm, and what a restart reads back is bounded by the checkpoint.
@@ -16,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -27,8 +29,9 @@ from shmbroker.config import RuntimeConfig
 from shmbroker.delivery.dispatch import Dispatcher, Indexer
 from shmbroker.delivery.retention import STORE_FULL, retain
 from shmbroker.delivery.snapshot import Snapshot, append_progress
-from shmbroker.errors import BrokerClosed, CorruptLog, Retryable, StoreFull, StoreReadOnly
+from shmbroker.errors import BrokerClosed, CorruptLog, GroupInUse, GroupNotExist, Retryable, StoreFull, StoreReadOnly
 from shmbroker.failpoint import failpoint
+from shmbroker.naming import RETRY_PREFIX, is_passing_member
 from shmbroker.store.checkpoint import Checkpoint, CheckpointFile
 from shmbroker.store.consume_queue import ConsumeQueues
 from shmbroker.store.files import NO_SPACE
@@ -39,6 +42,7 @@ CHECKPOINT_BYTES: Final = 256 << 20  # a restart scans not much more than this
 POLL: Final = 0.1  # seconds between two looks at what has no date
 RETENTION_INTERVAL: Final = 1.0
 RETRY_INTERVAL: Final = 1.0
+MEMBER_GRACE: Final = 10.0  # seconds in which a member attaches again when its broker has come back
 
 
 @dataclass(slots=True)
@@ -82,6 +86,7 @@ class Upkeep:
         self._snapshot_behind = region.get("snapshot")  # its end, once it is ours
         self._snapshot_pending: tuple[int, int] | None = None  # (begin, end) of one that is not flushed yet
         now = self._last_checkpoint
+        self._abandoned: dict[str, float] = {}  # since when nobody is in these groups
         self._duties = [
             _Duty(work, now)
             for work in (
@@ -91,6 +96,7 @@ class Upkeep:
                 self._write_snapshot,
                 self._write_checkpoint,
                 self._retain,
+                self._delete_abandoned,
             )
         ]
 
@@ -210,6 +216,21 @@ class Upkeep:
         last = self._last
         now = self._region.get("flushed"), self._dispatcher.position, self._region.get("kept")
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
+
+    def _delete_abandoned(self) -> float:
+        """A member without a name was killed: what it has not consumed is kept for nobody."""
+        now = time.monotonic()
+        empty = {
+            group["name"]
+            for group in self._region.groups()
+            if is_passing_member(group["name"]) and not group["members"]
+        }
+        self._abandoned = {name: self._abandoned.get(name, now) for name in empty}
+        for name, since in self._abandoned.items():
+            if now - since >= MEMBER_GRACE:
+                with suppress(GroupInUse, GroupNotExist):  # somebody has come back, or has closed it
+                    self._region.delete_group(name, RETRY_PREFIX + name)
+        return RETENTION_INTERVAL
 
     def _retain(self) -> float:
         if retain(self._region, self._own_queues, self._log, self._config, self._note_kept):
