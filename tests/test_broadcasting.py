@@ -171,6 +171,8 @@ def test_nonsense_is_refused(broker: Broker) -> None:
             broker.simple_consumer("cache", ALL, **settings)
         with pytest.raises(error, match=text):
             broker.push_consumer("cache", Heard(), ALL, **settings)
+    with pytest.raises(shmbroker.BadRequest, match="orderly"):
+        broker.push_consumer("cache", Heard(), ALL, orderly=True, **BROADCAST)
     with pytest.raises(shmbroker.NameIllegal):
         broker.simple_consumer("g" * 110, ALL, **BROADCAST)
     assert broker.groups() == []

@@ -91,6 +91,20 @@ def test_a_push_consumer_finishes_what_runs_and_gives_back_the_rest(broker: Brok
     assert {attempt for _, attempt in heard.attempts} == {1}, "what was only prefetched was not delivered"
 
 
+def test_an_orderly_consumer_stands_still_as_well(broker: Broker) -> None:
+    send(broker, *numbered(20))
+    gate = Gate(shmbroker.ConsumeOrderlyStatus.SUCCESS)
+    heard = Heard(gate)
+    with broker.push_consumer("audit", heard, ALL, orderly=True):
+        heard.wait(1)
+        broker.pause_group("audit")
+        gate.let_go()
+        wait_until(lambda: held(broker) == 0, "nothing in hand any more")
+        assert heard.bodies == [b"0"]
+        broker.resume_group("audit")
+        assert heard.wait(20) == numbered(20)
+
+
 def test_dead_letters_are_looked_after_while_the_group_is_paused(broker: Broker) -> None:
     send(broker, b"poison")
     broker.create_group("audit", shmbroker.RetryPolicy("table", max_retries=0, delays=(0.0,)))

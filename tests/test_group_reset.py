@@ -196,6 +196,19 @@ def test_a_push_consumer_goes_on_from_there_and_its_late_answers_are_refused(bro
         assert consumer.late == 2
 
 
+def test_an_orderly_consumer_goes_on_from_there_in_order(broker: Broker) -> None:
+    send(broker, *numbered(20))
+    gate = Gate(shmbroker.ConsumeOrderlyStatus.SUCCESS)
+    heard = Heard(gate)
+    with broker.push_consumer("audit", heard, ALL, orderly=True):
+        gate.let_go(10)
+        heard.wait(11)  # the last of them waits
+        broker.reset_group("audit", to_offset=5, topic="orders", queue_id=0)
+        gate.let_go()
+        assert heard.wait(26) == numbered(11) + numbered(15, 5)
+        wait_until(lambda: base_of(broker) == 20, "everything acknowledged")
+
+
 def test_a_group_without_members_may_be_told_where_to_begin(broker: Broker) -> None:
     send(broker, *numbered(10))
     broker.create_group("audit")
