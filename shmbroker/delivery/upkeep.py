@@ -86,6 +86,7 @@ class Upkeep:
         self._snapshot_behind = region.get("snapshot")  # its end, once it is ours
         self._snapshot_pending: tuple[int, int] | None = None  # (begin, end) of one that is not flushed yet
         now = self._last_checkpoint
+        self._no_members_in = -1  # the generation of definitions in which there is no such member at all
         self._abandoned: dict[str, float] = {}  # since when nobody is in these groups
         self._duties = [
             _Duty(work, now)
@@ -218,13 +219,13 @@ class Upkeep:
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
 
     def _delete_abandoned(self) -> float:
-        """A member without a name was killed: what it has not consumed is kept for nobody."""
-        now = time.monotonic()
-        empty = {
-            group["name"]
-            for group in self._region.groups()
-            if is_passing_member(group["name"]) and not group["members"]
-        }
+        """A member without a name was killed: what it has not consumed is kept for nobody. Costs nothing without such."""
+        now, generation = time.monotonic(), self._region.get("topic_generation")
+        if generation == self._no_members_in:
+            return RETENTION_INTERVAL
+        passing = [group for group in self._region.groups() if is_passing_member(group["name"])]
+        self._no_members_in = -1 if passing else generation
+        empty = {group["name"] for group in passing if not group["members"]}
         self._abandoned = {name: self._abandoned.get(name, now) for name in empty}
         for name, since in self._abandoned.items():
             if now - since >= MEMBER_GRACE:
