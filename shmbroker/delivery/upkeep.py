@@ -219,7 +219,7 @@ class Upkeep:
         return now != (last.flushed, last.dispatched, last.kept) or self._region.get("snapshot") != (last.snapshot or 0)
 
     def _delete_abandoned(self) -> float:
-        """A member without a name was killed: what it has not consumed is kept for nobody. Costs nothing without such."""
+        """A member without a name was killed: what it has not consumed is kept for nobody."""
         now, generation = time.monotonic(), self._region.get("topic_generation")
         if generation == self._no_members_in:
             return RETENTION_INTERVAL
