@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from types import FrameType
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from shmbroker.broadcasting import CLUSTERING, consumer_of
 from shmbroker.consumer import ConsumerHome
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
 from shmbroker.handle import Handle
+from shmbroker.message import wrong_type
 from shmbroker.orderly import OrderlyMember
 from shmbroker.selector import Sql
 from shmbroker.status import ConsumeOrderlyStatus, ConsumeStatus
@@ -79,24 +81,17 @@ class PushConsumer(Handle, PushCore):
     ) -> None:
         if not callable(listener):
             raise BadRequest(f"listener = {listener!r}: must be callable with a message and a ConsumeContext")
-        for name, value, most in (
-            ("consume_thread_max", consume_thread_max, 1000),
-            ("consume_message_batch_max_size", consume_message_batch_max_size, 1024),
-            ("pull_batch_size", pull_batch_size, 1024),
-            ("pull_batch_size_in_bytes", pull_batch_size_in_bytes, 1024 * MIB),
-            ("pull_threshold_for_queue", pull_threshold_for_queue, 65_535),
-            ("pull_threshold_size_for_queue", pull_threshold_size_for_queue, 1024 * MIB),
-        ):
-            if type(value) is not int or not 1 <= value <= most:
-                raise BadRequest(f"{name} = {value!r}: must be an integer from 1 to {most}")
+        _check_count("consume_thread_max", consume_thread_max, 1000)
+        _check_count("consume_message_batch_max_size", consume_message_batch_max_size, 1024)
+        _check_count("pull_batch_size", pull_batch_size, 1024)
+        _check_count("pull_batch_size_in_bytes", pull_batch_size_in_bytes, 1024 * MIB)
+        _check_count("pull_threshold_for_queue", pull_threshold_for_queue, 65_535)
+        _check_count("pull_threshold_size_for_queue", pull_threshold_size_for_queue, 1024 * MIB)
+        _check_seconds("consume_timeout", consume_timeout, 0.01, TIMEOUT_MAX)
+        _check_seconds("await_termination", await_termination, 0.0, inf)
+        _check_seconds("suspend_current_queue_time", suspend_current_queue_time, 0.01, 30.0)
         if max_renewals is not None and (type(max_renewals) is not int or max_renewals < 0):
             raise BadRequest(f"max_renewals = {max_renewals!r}: must be an integer from 0 on, or None: without end")
-        if not 0.01 <= consume_timeout <= TIMEOUT_MAX:
-            raise BadRequest(f"consume_timeout = {consume_timeout}: must be from 0.01 to {TIMEOUT_MAX:g} seconds")
-        if not await_termination >= 0.0:
-            raise BadRequest(f"await_termination = {await_termination}: must not be negative")
-        if not 0.01 <= suspend_current_queue_time <= 30.0:
-            raise BadRequest(f"suspend_current_queue_time = {suspend_current_queue_time}: from 0.01 to 30 seconds")
         if "spin" in settings:
             raise BadRequest("spin: only a SimpleConsumer burns a core while it waits")
         if orderly and settings.get("message_model", CLUSTERING) != CLUSTERING:
@@ -356,6 +351,18 @@ class PushConsumer(Handle, PushCore):
 
     def _report_unwritten(self, error: BaseException) -> None:
         logger.error("group %s: %s", self.group, error)
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise BadRequest(f"{name} = {value!r}: must be an integer from 1 to {most}")
+
+
+def _check_seconds(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int | float):
+        raise wrong_type(name, "seconds, as a float or an int", value)
+    if not low <= value <= high:
+        raise BadRequest(f"{name} = {value!r}: must be from {low:g} to {high:g} seconds")
 
 
 def _named(messages: Sequence[ReceivedMessage]) -> str:

@@ -154,6 +154,10 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(broker: Broker) -> 
     ):
         with pytest.raises(shmbroker.BadRequest, match=next(iter(wrong))):
             broker.push_consumer("audit", Heard(), ALL, **wrong)
+    for name in ("consume_timeout", "await_termination", "suspend_current_queue_time"):
+        times: dict[str, Any] = {name: "5"}
+        with pytest.raises(TypeError, match=f"{name} must be seconds, as a float or an int, not str"):
+            broker.push_consumer("audit", Heard(), ALL, **times)
     with pytest.raises(shmbroker.BadRequest, match="listener"):
         broker.push_consumer("audit", None, ALL)  # type: ignore[arg-type]
     assert threading.active_count() == before
