@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -27,7 +28,14 @@ from shmbroker.failpoint import failpoint
 from shmbroker.naming import BrokerPaths
 
 LIMITS: Final = Path("/proc/sys/kernel/sem")
-_TRIES: Final = 3  # of a set that somebody removes meanwhile
+PAUSE_SECONDS: Final = 0.01
+_TRIES: Final = 5
+_PASSING: Final = (  # somebody else was quicker with making it, has not shared it yet, or removes it at this moment
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.EIDRM,
+)
 _tested: set[int] = set()  # the sets that this process has seen at work
 
 
@@ -42,19 +50,21 @@ def open_locks(region: Region, tables: int, directory: Path) -> int:
     Raises LimitReached, AttachRefused, NotReady.
     """
     key = key_of(region.header["instance"])
-    for _ in range(_TRIES):
+    for tries_left in reversed(range(_TRIES)):
         try:
-            found = _find(key, tables, directory) or _make(key, tables, directory)
+            found = _find(key, tables, directory)
+            if found is None:
+                found = _make(key, tables, directory)
             if found not in _tested:
                 _core.test_queue_locks(found, tables)
                 _tested.add(found)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.EINVAL, errno.EIDRM) and _is_possible(tables):
-                continue  # somebody was quicker with making or removing it
-            raise _explained(error, tables) from error
+            if not tries_left or error.errno not in _PASSING or not _is_possible(tables):
+                raise _explained(error, tables) from error
+            time.sleep(PAUSE_SECONDS)
         else:
             return found
-    raise NotReady(f"the semaphores of the broker of {directory} are removed again and again: who runs ipcrm?")
+    raise AssertionError("the last try returns or raises")
 
 
 def remove_locks(instance: bytes) -> None:

@@ -186,6 +186,21 @@ def test_a_limit_of_the_kernel_is_named_with_its_remedy(tmp_path: Path) -> None:
 
 
 @as_root
+def test_the_first_set_of_a_container_has_the_id_0_and_serves_like_any_other(directory: Path) -> None:
+    source = """
+        import sys, shmbroker
+        answer = shmbroker.ConsumeOrderlyStatus.SUCCESS
+        with shmbroker.open(sys.argv[1], **eval(sys.argv[2])) as broker:
+            for group in ("audit", "billing"):
+                with broker.push_consumer(group, lambda *_: answer, {"orders": "*"}, orderly=True):
+                    print(*open("/proc/sysvipc/sem").read().splitlines()[1].split()[1:2])
+    """
+    with Child(source, directory, SMALL, wrapper=("unshare", "--ipc")) as child:
+        assert [child.read_line(), child.read_line()] == ["0", "0"]
+        assert child.wait() == 0
+
+
+@as_root
 def test_a_set_that_somebody_else_made_is_not_trusted(broker: Broker) -> None:
     key = key_of(broker.region.header["instance"])
     made = _core.make_queue_locks(key, TABLES)

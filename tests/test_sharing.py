@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import objects_of
+from support.orderly import semaphore_sets
 from support.processes import SMALL, Child, processes_of, stop_broker
 from support.users import can_be_other_users, wrapper_for_users
 from support.waiting import wait_until
@@ -91,6 +92,27 @@ def test_members_of_the_group_send_and_receive_and_nobody_else_gets_in(place: Pa
             "b'from the friend'",
         )
         assert owner.read_line() == "done"
+
+
+def test_members_of_the_group_own_queues_and_the_owner_of_the_directory_clears_away(place: Path) -> None:
+    """Whoever is first makes the semaphores; they are the directory's owner's, who alone stops the broker."""
+    consume = "consumer = broker.push_consumer('audit', lambda *_: answer, {'orders': '*'}, orderly=True)"
+    answer = "answer = shmbroker.ConsumeOrderlyStatus.SUCCESS"
+    before = semaphore_sets(OWNER)
+    with user(place, OWNER, TEAM) as owner, user(place, FRIEND, TEAM) as friend:
+        assert say(owner, opening(**SHARED), answer, "broker.create_topic('orders', 2)") == "done"
+        assert say(friend, opening(), answer, consume) == "done"
+        assert len(semaphore_sets(OWNER) - before) == 1
+        assert semaphore_sets(FRIEND) == set()
+        assert say(owner, consume, "wanted = sorted(client['slot'] for client in broker.region.clients())") == "done"
+        halved = "sorted(table['owner'] for table in broker.region.progress() if table['owner'] is not None) == wanted"
+        while say(owner, f"print({halved})") != "True":
+            assert owner.read_line() == "done"
+        assert owner.read_line() == "done"
+        friend.kill()
+        assert say(owner, "consumer.shutdown()", "broker.close()") == "done"
+    stop_broker(place)
+    assert semaphore_sets(OWNER) == before
 
 
 def test_everything_is_open_to_the_group_and_nothing_to_others(place: Path) -> None:

@@ -123,10 +123,11 @@ def shares(broker: Broker) -> list[int]:
     return sorted((found.count(pid) for pid in set(found)), reverse=True)
 
 
-def semaphore_sets() -> set[int]:
-    """Ids of the sets of this user."""
+def semaphore_sets(uid: int | None = None) -> set[int]:
+    """Ids of the sets of a user, by default this one."""
+    uid = os.geteuid() if uid is None else uid
     lines = Path("/proc/sysvipc/sem").read_text().splitlines()[1:]
-    return {int(line.split()[1]) for line in lines if int(line.split()[4]) == os.geteuid()}
+    return {int(line.split()[1]) for line in lines if int(line.split()[4]) == uid}
 
 
 def remove_semaphores(found: int) -> None:
