@@ -163,6 +163,17 @@ def test_a_message_given_back_by_one_that_is_stopped_before_it_says_so_reaches_a
     two_of_five_keep_the_promise(tmp_path / "b", {}, attempt)
 
 
+def test_a_ctrl_c_between_the_last_look_and_the_sleep_is_seen(tmp_path: Path) -> None:
+    """Its handler has run by the time of the sleep, which nothing interrupts: the look behind it has to ask."""
+    directory = tmp_path / "b"
+    with running(directory), Child(MEMBER, directory, "wait.flagged", "stop") as member:
+        assert member.read_line() == "ready"
+        wait_until(lambda: is_gone(member.pid, "stop"), "the member stopped")
+        os.kill(member.pid, signal.SIGINT)
+        os.kill(member.pid, signal.SIGCONT)
+        assert member.wait() == -signal.SIGINT
+
+
 class Waiting:
     """A member of this process that waits for one message in a thread."""
 
