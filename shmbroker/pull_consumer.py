@@ -41,6 +41,12 @@ class QueuePosition(NamedTuple):
     next_offset: int
 
 
+def check_poll(max_messages: int, wait: float) -> None:
+    """Raise BadRequest for arguments of a ``poll`` that make no sense."""
+    if type(max_messages) is not int or not 1 <= max_messages <= MESSAGES_MAX or not wait >= 0.0:
+        raise BadRequest(f"poll({max_messages!r}, wait={wait!r}): 1 to {MESSAGES_MAX} messages, no negative wait")
+
+
 class _Reader(SimpleConsumer, PullCore):
     """What reads for a pull consumer: no member of its group, whose subscription is no business of its own."""
 
@@ -117,8 +123,7 @@ class PullConsumer(Handle):
         Their ``delivery_attempt`` is 0: nobody counts. Raises CorruptLog once nothing sound stands before the damage,
         which is then passed over.
         """
-        if type(max_messages) is not int or not 1 <= max_messages <= MESSAGES_MAX or not wait >= 0.0:
-            raise BadRequest(f"poll({max_messages!r}, wait={wait!r}): 1 to {MESSAGES_MAX} messages, no negative wait")
+        check_poll(max_messages, wait)
         with self._one_at_a_time:
             reader = self._assigned_reader()
             try:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from shmbroker.aio.broker import Broker, open  # noqa: A004 - as shmbroker.open
 from shmbroker.aio.consumer import SimpleConsumer
 from shmbroker.aio.producer import Producer
+from shmbroker.aio.pull_consumer import PullConsumer
 from shmbroker.aio.push_consumer import PushConsumer
 
-__all__ = ["open", "Broker", "Producer", "SimpleConsumer", "PushConsumer"]
+__all__ = ["open", "Broker", "Producer", "SimpleConsumer", "PushConsumer", "PullConsumer"]

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shmbroker import broker, push_consumer
+from shmbroker import broker, pull_consumer, push_consumer
 from shmbroker.aio import consumer, producer
 from shmbroker.aio.consumer import SimpleConsumer
 from shmbroker.aio.opening import AsyncHandle, Opening
 from shmbroker.aio.producer import Producer
+from shmbroker.aio.pull_consumer import PullConsumer
 from shmbroker.aio.push_consumer import AsyncListener, Courier, PushConsumer
 from shmbroker.aio.waits import LoopWaits, off_loop
 from shmbroker.attachment import OPEN_TIMEOUT
@@ -85,6 +86,15 @@ class Broker(AsyncHandle):
             courier = Courier(listener)
             call = partial(self.plain.push_consumer, group, courier, subscriptions, **settings)
             return self._adopt(PushConsumer(await off_loop(call, push_consumer.PushConsumer.close), courier))
+
+        return Opening(make)
+
+    def pull_consumer(self, group: str, **settings: Any) -> Opening[PullConsumer]:
+        """A consumer that reads queues from positions of its own."""
+
+        async def make() -> PullConsumer:
+            call = partial(self.plain.pull_consumer, group, **settings)
+            return self._adopt(PullConsumer(await off_loop(call, pull_consumer.PullConsumer.close), self._waits))
 
         return Opening(make)
 
