@@ -319,6 +319,7 @@ def test_whoever_resets_and_is_killed_has_done_it_or_not(
             assert all_of(broker) == numbered(15, 5)
             return
         send(broker, b"20")  # whoever appends next brings to an end what the dead has left
+        wait_until(lambda: not broker.region.progress_records(only_changed=True), "what was acknowledged recorded")
         wait_until(lambda: broker.region.get("flushed") == broker.region.get("tail"), "all of it on the disk")
         lose_memory(directory)
     with serving(directory), shmbroker.open(directory) as broker:
