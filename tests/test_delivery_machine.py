@@ -37,6 +37,7 @@ import shmbroker
 pytestmark = pytest.mark.crash
 
 QUEUES: Final = 2
+ENDS: Final = ("workers killed", "everything killed", "stopped", "power cut")
 LONG, BRIEF, TICK = 600.0, 0.05, 0.02
 
 WHO: Final = st.integers(0, 1)  # of two actors
@@ -142,7 +143,7 @@ class Delivery(RuleBasedStateMachine):
             assert fate.receivable, f"{body} came, though it is {fate}"
             fate.attempts += 1
             assert attempt == fate.attempts, f"{body} came as attempt {attempt}: {fate}"
-            if attempt == 1:
+            if attempt == 1 and not fate.resent:
                 assert newest.get(queue_id, -1) < offset, f"{body} came behind a younger message of its queue"
                 newest[queue_id] = offset
             fate.where, fate.holder = "held", who
@@ -244,7 +245,7 @@ class Delivery(RuleBasedStateMachine):
     def resend(self, pick: int, who: int) -> None:
         if body := picked(pick, [body for body, fate in self.fates.items() if fate.where == "dead"]):
             assert self.actors[who].ask("resend", body), f"{body} is no dead letter"
-            self.fates[body] = Fate(handle=self.fates[body].handle)
+            self.fates[body] = Fate(handle=self.fates[body].handle, resent=True)
 
     # ---- what happens to all of them
 
@@ -274,7 +275,30 @@ class Delivery(RuleBasedStateMachine):
         assert attempt == fate.attempts
         self.crash_a_consumer(who)
 
-    @rule(how=st.sampled_from(["workers killed", "everything killed", "stopped", "power cut"]))
+    @rule(how=st.sampled_from(["", *ENDS]), who=WHO)
+    def pause_the_group(self, how: str, who: int) -> None:
+        """Nobody gets anything, whatever dies meanwhile, until it is resumed."""
+        self.actors[who].ask("pause_group", True)
+        if how:
+            self.restart(how)
+        for actor in self.actors:
+            assert actor.ask("receive", 10, 0.02, LONG) == []
+        self.actors[who].ask("pause_group", False)
+
+    @rule(who=WHO)
+    def skip_what_there_is(self, who: int) -> None:
+        """Whoever has some of it in hand has it no more."""
+        if any(fate.where == "pending" for fate in self.fates.values()):
+            return  # nobody knows which of them have fired by now
+        self.note_buried()
+        self.actors[who].ask("skip_all")
+        for body, fate in self.fates.items():
+            if fate.where == "held":
+                self.stale[fate.holder].add(body)
+            if fate.where in ("ready", "held"):
+                fate.where, fate.holder = "done", -1
+
+    @rule(how=st.sampled_from(ENDS))
     def restart(self, how: str) -> None:
         if how == "workers killed":
             for pid in workers_of(self.directory).values():

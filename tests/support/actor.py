@@ -213,6 +213,14 @@ class Actor:
                 letters.settled(letters.resend(wanted))
         return wanted is not None
 
+    def pause_group(self, paused: bool) -> None:
+        (self.broker.pause_group if paused else self.broker.resume_group)(GROUP)
+        self._settle()
+
+    def skip_all(self) -> None:
+        self.broker.reset_group(GROUP, skip=True)
+        self._settle()
+
     def held(self) -> int:
         """How many messages the group holds."""
         return sum(table["held"] for table in self.broker.region.progress() if table["group"] == GROUP)
@@ -224,6 +232,11 @@ class Actor:
     def leave(self) -> None:
         self.consumer.close()
         self.broker.close()
+
+    def _settle(self) -> None:
+        """Have on the disk what there is."""
+        region = self.broker.region
+        assert region.wait_for("flushed", region.get("tail"), int(WAIT * 1e9))
 
     def _answer(self, answer: object) -> None:
         print(json.dumps(answer), file=self._lines, flush=True)

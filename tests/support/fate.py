@@ -30,6 +30,7 @@ class Fate:
     holder: int = -1  # actor
     due: float = 0.0  # of one that is pending, by time.time()
     handle: str | None = None  # of one that was sent with a delay
+    resent: bool = False  # it comes from the queue of the retries
 
     @property
     def spent(self) -> bool:
