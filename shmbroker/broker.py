@@ -171,7 +171,7 @@ class Broker(Definitions):
         """The group's dead letters, to be read, sent again or given up. Raises TopicNotExist if it never had any."""
         from shmbroker.dead_letters import DeadLetters
 
-        return self._adopt(DeadLetters(self, check_group(group)))
+        return self._adopt(DeadLetters(self, group))
 
     def status(self) -> dict[str, Any]:
         """What ``shmbroker status --json`` shows."""

@@ -62,7 +62,8 @@ def check_topic(name: str) -> str:
 
 def check_group(name: str) -> str:
     """Return ``name`` if it may name a producer or consumer group; else raise NameIllegal."""
-    _check("group", name, GROUP_LENGTH_MAX)
+    aside = len(DEAD_LETTER_PREFIX) if str(name).startswith(DEAD_LETTER_PREFIX) else 0  # of whoever reads a group's
+    _check("group", name, GROUP_LENGTH_MAX + aside)
     if name in RESERVED_GROUPS:
         raise NameIllegal(f"group {name!r} is reserved, as in RocketMQ: choose a name of your own")
     return name

@@ -180,6 +180,7 @@ def test_a_kill_while_a_letter_is_sent_again_leaves_the_letter_or_the_message(
     broker: Broker, edge: str, sent: bool
 ) -> None:
     bury(broker, b"1")
+    broker.dead_letters(GROUP).close()  # their own group is there
     failpoint = {"SHMBROKER_FAILPOINTS": f"client/{edge}=kill"}
     with Child(RESENDER, broker.directory, environment=failpoint) as child:
         assert child.read_line() == "ready"
@@ -188,3 +189,15 @@ def test_a_kill_while_a_letter_is_sent_again_leaves_the_letter_or_the_message(
     assert offsets(broker) == ([] if sent else [0])
     with broker.simple_consumer(GROUP, ALL) as consumer:
         assert [message.body for message in consumer.receive(2)] == ([b"1"] if sent else [])
+
+
+def test_dead_letters_that_are_done_with_stay_so_when_their_group_is_deleted(broker: Broker) -> None:
+    bury(broker, b"sent again", b"given up", b"kept")
+    shmbroker_json(broker.directory, "dlq", "resend", GROUP, "0")
+    shmbroker_json(broker.directory, "dlq", "purge", GROUP, "1", "--yes")
+    broker.delete_group(GROUP)
+    assert offsets(broker) == [2]
+    with broker.dead_letters(GROUP) as letters:
+        assert [message.body for message in letters.receive(9)] == [b"kept"]
+    assert [group["name"] for group in broker.groups()] == ["%DLQ%" + GROUP]
+    assert shmbroker_json(broker.directory, "group", "list") == []

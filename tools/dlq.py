@@ -199,7 +199,7 @@ def _unfinished(region: Region, group: str) -> tuple[int, Iterator[int]]:
     if topic is None:
         raise TopicNotExist(f"group {group!r} has never had a dead letter: there is no topic {name!r}")
     queue = topic["queues"][0]
-    table = next((table for table in region.progress() if (table["group"], table["topic"]) == (group, name)), None)
+    table = next((table for table in region.progress() if table["group"] == table["topic"] == name), None)
     if table is None:
         return topic["topic_id"], iter(range(queue["first_offset"], queue["next_offset"]))
     acked = {offset for first, count in table["acked"] for offset in range(first, first + count)}
@@ -274,7 +274,7 @@ def _work_on(
 
     Letters that are not chosen are held meanwhile, and come back when the command leaves.
     """
-    _, offsets = _unfinished(consumer.client.region, consumer.group)
+    _, offsets = _unfinished(consumer.client.region, consumer.of)
     there = list(offsets)
     count = 0
     with console.progress(label, len(there), unit="letters") as advance:

@@ -69,8 +69,9 @@ def _consumed(region: Region) -> list[tuple[str, dict[str, Any], list[dict[str, 
     found = []
     for name in sorted({*subscriptions, *(table["group"] for table in progress)}):
         subscription = subscriptions.get(name, {})
-        aside = DEAD_LETTER_PREFIX + name  # `shmbroker dlq` consumes there, not the members
-        own = (table for table in progress if table["group"] == name and table["topic"] != aside)
+        if name.startswith(DEAD_LETTER_PREFIX):
+            continue  # `shmbroker dlq` consumes there, and shows it
+        own = (table for table in progress if table["group"] == name)
         tables = {_place(table): _still_there(table, first[_place(table)]) for table in own if _place(table) in first}
         for topic, queue in queues:  # one that no member has looked at yet: the group is at its first message
             if topic["name"] in subscription or topic["name"] == RETRY_PREFIX + name:
