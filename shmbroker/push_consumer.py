@@ -7,6 +7,7 @@ thread of the consumer at a time, so that no thread hands anything to another.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from types import FrameType
 from typing import Any, Final
@@ -81,6 +83,11 @@ class PushConsumer(Handle, PushCore):
     ) -> None:
         if not callable(listener):
             raise BadRequest(f"listener = {listener!r}: must be callable with a message and a ConsumeContext")
+        if is_coroutine_function(listener):
+            raise BadRequest(
+                f"listener = {listener!r}: is a coroutine function, which nobody would await here: "
+                "shmbroker.aio has the push_consumer for it, or write it with def"
+            )
         _check_count("consume_thread_max", consume_thread_max, 1000)
         _check_count("consume_message_batch_max_size", consume_message_batch_max_size, 1024)
         _check_count("pull_batch_size", pull_batch_size, 1024)
@@ -351,6 +358,14 @@ class PushConsumer(Handle, PushCore):
 
     def _report_unwritten(self, error: BaseException) -> None:
         logger.error("group %s: %s", self.group, error)
+
+
+def is_coroutine_function(listener: object) -> bool:
+    """Whether its call gives a coroutine: ``async def``, one in a ``partial``, an object whose ``__call__`` is one."""
+    while isinstance(listener, partial):
+        listener = listener.func
+    called = type(listener).__call__ if callable(listener) else None
+    return inspect.iscoroutinefunction(listener) or inspect.iscoroutinefunction(called)
 
 
 def _check_count(name: str, value: object, most: int) -> None:

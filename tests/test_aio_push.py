@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from support.consuming import ALL, numbered, send
@@ -44,6 +45,31 @@ class Coroutine:
         finally:
             self.running -= 1
         return self._answer
+
+
+async def coroutine_function(_message: Any, _context: Any) -> None: ...
+
+
+def plain_function(_message: Any, _context: Any) -> None: ...
+
+
+def test_either_consumer_refuses_the_listeners_of_the_other_at_once_and_names_it(directory: Path) -> None:
+    async def main() -> None:
+        async with opened(directory) as broker:
+            coroutines: list[Any] = [coroutine_function, partial(coroutine_function), Coroutine(), partial(Coroutine())]
+            for listener in coroutines:
+                with pytest.raises(BadRequest, match=r"is a coroutine function.*shmbroker\.aio has the push_consumer"):
+                    broker.plain.push_consumer("audit", listener, ALL)
+                await broker.push_consumer("taken", listener, ALL)
+            plain: list[Any] = [plain_function, partial(plain_function), lambda message, _context: message]
+            for listener in plain:
+                text = r"must be a coroutine function \(async def\).*shmbroker\.open\(\) gives the push_consumer"
+                with pytest.raises(BadRequest, match=text):
+                    await broker.push_consumer("audit", listener, ALL)
+                await asyncio.to_thread(broker.plain.push_consumer, "plain", listener, ALL)
+            assert "audit" not in [group["name"] for group in broker.plain.groups()]
+
+    asyncio.run(main())
 
 
 def test_a_coroutine_hears_each_message_once_on_the_loop_and_others_meanwhile(directory: Path) -> None:

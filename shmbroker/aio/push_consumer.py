@@ -29,8 +29,11 @@ class Courier:
     """Takes messages from listener threads to a coroutine function on the loop, and its answers back."""
 
     def __init__(self, listener: AsyncListener) -> None:
-        if not callable(listener):
-            raise BadRequest(f"listener = {listener!r}: must be a coroutine function of a message and a ConsumeContext")
+        if not push_consumer.is_coroutine_function(listener):
+            raise BadRequest(
+                f"listener = {listener!r}: must be a coroutine function (async def) of a message and a ConsumeContext; "
+                "shmbroker.open() gives the push_consumer for other functions"
+            )
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._running: set[Future[ConsumeStatus | None]] = set()
