@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,33 @@ def test_letters_are_given_up_for_good(broker: Broker) -> None:
     assert shmbroker(broker.directory, "dlq", "purge", GROUP, "1", "--yes").returncode == ExitCode.FINDING
     assert shmbroker_json(broker.directory, "dlq", "purge", GROUP, "--all", "--yes")["purged"] == 2
     assert offsets(broker) == []
+    assert shmbroker_json(broker.directory, "dlq", "list") == []  # the group has none any more
     assert shmbroker_json(broker.directory, "dlq", "purge", GROUP, "--all", "--yes")["purged"] == 0
+
+
+def test_letters_that_do_not_exist_are_named_and_the_others_dealt_with(broker: Broker) -> None:
+    ids = bury(broker, b"1", b"2", b"3")
+    unknown = "0" * 32
+    for words, left in (
+        (["show", "0", ids[1]], [0, 1, 2]),
+        (["resend", "1"], [0, 2]),
+        (["purge", "--yes", ids[0]], [2]),
+        (["purge", "--yes"], [2]),
+        (["resend"], [2]),
+        (["show"], [2]),
+    ):
+        done = shmbroker(broker.directory, "dlq", words[0], GROUP, "99", *words[1:], unknown)
+        assert (done.returncode, offsets(broker)) == (ExitCode.FINDING, left), (words, done.stderr)
+        told = re.search(r"group audit has no such dead letter(?:, or another has it in hand)?: (.*)", done.stderr)
+        assert told is not None, done.stderr
+        assert told[1] == f"99, {unknown}"
+
+
+def test_a_group_without_dead_letters_has_an_empty_list_of_them(broker: Broker) -> None:
+    broker.create_group(GROUP)
+    assert offsets(broker) == []
+    listed = shmbroker(broker.directory, "dlq", "list", GROUP)
+    assert (listed.returncode, listed.stdout) == (ExitCode.OK, f"no dead letters of {GROUP}\n")
 
 
 def test_dead_letters_are_no_lag_of_their_group(broker: Broker) -> None:
@@ -147,10 +174,18 @@ def test_dead_letters_are_no_lag_of_their_group(broker: Broker) -> None:
     assert (shown["lag_messages"], shown["in_flight"]) == (1, 0)  # the one that waits in %RETRY%
 
 
+def test_group_show_does_not_say_that_a_group_no_longer_subscribes_to_its_own_retries(broker: Broker) -> None:
+    """Its members read them without subscribing."""
+    bury(broker, b"1")
+    queues = shmbroker_json(broker.directory, "group", "show", GROUP)["queues"]
+    assert {queue["topic"]: queue["subscribed"] for queue in queues} == {"orders": True, f"%RETRY%{GROUP}": True}
+    assert "not subscribed" not in shmbroker(broker.directory, "group", "show", GROUP).stdout
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["list", "nobody"], ExitCode.USAGE, "group 'nobody' has never had a dead letter"),
+        (["list", "nobody"], ExitCode.USAGE, "group 'nobody' does not exist"),
         (["resend", GROUP, "--all"], ExitCode.USAGE, "group 'audit' has never had a dead letter"),
         (["resend", GROUP], ExitCode.USAGE, "name letters by offset or message id, or give --all"),
         (["purge", GROUP, "1", "--all"], ExitCode.USAGE, "name letters by offset or message id, or give --all"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from shmbroker.errors import ReceiptExpired, TopicNotExist
+from shmbroker.errors import GroupNotExist, ReceiptExpired
 from shmbroker.naming import DEAD_LETTER_PREFIX
 from shmbroker.status import SendStatus
 from shmbroker.tools import console
@@ -89,19 +89,18 @@ def show(session: Session, group: str, letters: tuple[str, ...]) -> None:
     shmbroker dlq show billing 17
     shmbroker --json dlq show billing 5f0c6a9d3b7e21840000000000000007 | jq -r '.[].body'
     """
-    chosen = _chooser(letters, everything=False)
+    chosen = _Chosen(letters, everything=False)
     with session.open() as broker:
         shown = [
             _fields(record)
             for record in _letters(session, broker, group, None)
-            if chosen(record.queue_offset, record.message_id)
+            if chosen.has(record.queue_offset, record.message_id)
         ]
-    if not shown:
-        raise Failure(f"group {group} has no such dead letter", ExitCode.FINDING)
-    if session.json:
+    if session.json and shown:
         console.print_json(shown)
     for fields in shown if not session.json else []:
         console.table("", ["offset", str(fields["offset"])], [(name, value) for name, value in fields.items()][1:])
+    chosen.must_be_of(group)
 
 
 @dlq.command()
@@ -122,7 +121,7 @@ def resend(session: Session, group: str, letters: tuple[str, ...], everything: b
     The new message and the letter's end are one append: a kill leaves the one or the other. Other groups, which have
     had the message, do not get it again.
     """
-    chosen = _chooser(letters, everything)
+    chosen = _Chosen(letters, everything)
     end = 0
 
     def send_again(consumer: DeadLetters, messages: list[ReceivedMessage]) -> None:
@@ -137,7 +136,7 @@ def resend(session: Session, group: str, letters: tuple[str, ...], everything: b
         console.print_json({"group": group, "resent": count, "to": to, "status": status.name})
     else:
         click.echo(f"sent {count} dead letters of {group} again{f', to {to}' if to else ''}")
-    _must_be(count, everything, group)
+    chosen.must_be_of(group, ", or another has it in hand")
     if status is not SendStatus.SEND_OK:
         raise Failure("done, and not known to be on the disk: `shmbroker status`", ExitCode.OPERATOR)
 
@@ -156,7 +155,7 @@ def purge(session: Session, group: str, letters: tuple[str, ...], everything: bo
     shmbroker dlq purge billing 17 18
     shmbroker dlq purge billing --all --yes
     """
-    chosen = _chooser(letters, everything)
+    chosen = _Chosen(letters, everything)
     with session.open() as broker, broker.dead_letters(group) as consumer:
         which = "all dead letters" if everything else f"{len(letters)} dead letters"
         console.confirm(f"Give up {which} of {group}?", yes)
@@ -165,39 +164,50 @@ def purge(session: Session, group: str, letters: tuple[str, ...], everything: bo
         console.print_json({"group": group, "purged": count})
     else:
         click.echo(f"gave up {count} dead letters of {group}")
-    _must_be(count, everything, group)
+    chosen.must_be_of(group, ", or another has it in hand")
 
 
 # ---- which letters
 
 
-def _chooser(letters: tuple[str, ...], everything: bool) -> Callable[[int, str], bool]:
-    """Whether (offset, message id) is wanted."""
-    if everything == bool(letters):
-        raise click.UsageError("name letters by offset or message id, or give --all")
-    if everything:
-        return lambda offset, message_id: True  # noqa: ARG005
-    for letter in letters:
-        if not (letter.isdecimal() or len(letter) == 32):
-            raise click.UsageError(f"{letter!r} is neither an offset nor a message id of 32 digits")
-    wanted = frozenset(letters)
-    return lambda offset, message_id: str(offset) in wanted or message_id in wanted
+class _Chosen:
+    """The letters that a command line means, and which of them were there."""
 
+    def __init__(self, letters: tuple[str, ...], everything: bool) -> None:
+        if everything == bool(letters):
+            raise click.UsageError("name letters by offset or message id, or give --all")
+        for letter in letters:
+            if not (letter.isdecimal() or len(letter) == 32):
+                raise click.UsageError(f"{letter!r} is neither an offset nor a message id of 32 digits")
+        self._everything = everything
+        self._missing = self._wanted = dict.fromkeys(letters)  # in the order in which they were named
 
-def _must_be(count: int, everything: bool, group: str) -> None:
-    if not count and not everything:
-        raise Failure(f"group {group} has no such dead letter", ExitCode.FINDING)
+    def has(self, offset: int, message_id: str) -> bool:
+        names = {str(offset), message_id}
+        self._missing = {name: None for name in self._missing if name not in names}
+        return self._everything or not names.isdisjoint(self._wanted)
+
+    def must_be_of(self, group: str, otherwise: str = "") -> None:
+        """Raise Failure that names those that were not there. What was there has been dealt with."""
+        if self._missing:
+            text = f"group {group} has no such dead letter{otherwise}: {', '.join(self._missing)}"
+            raise Failure(text, ExitCode.FINDING)
 
 
 # ---- reading
 
 
 def _unfinished(region: Region, group: str) -> tuple[int, Iterator[int]]:
-    """Topic id of the group's dead letters, and the offsets of those neither sent again nor given up."""
+    """Topic id of the group's dead letters, and the offsets of those neither sent again nor given up.
+
+    A group that was deleted leaves its letters. Raises GroupNotExist.
+    """
     name = DEAD_LETTER_PREFIX + group
     topic = next((topic for topic in region.topics() if topic["name"] == name), None)
     if topic is None:
-        raise TopicNotExist(f"group {group!r} has never had a dead letter: there is no topic {name!r}")
+        if all(known["name"] != group for known in region.groups()):
+            raise GroupNotExist(f"group {group!r} does not exist")
+        return 0, iter(())  # it has never had one
     queue = topic["queues"][0]
     table = next((table for table in region.progress() if table["group"] == table["topic"] == name), None)
     if table is None:
@@ -252,7 +262,8 @@ def _list_groups(session: Session, broker: Broker) -> None:
         group = topic["name"].removeprefix(DEAD_LETTER_PREFIX)
         if group != topic["name"]:
             _, offsets = _unfinished(broker.region, group)
-            rows.append({"group": group, "letters": sum(1 for _ in offsets)})
+            if count := sum(1 for _ in offsets):
+                rows.append({"group": group, "letters": count})
     rows.sort(key=lambda row: str(row["group"]))
     if session.json:
         console.print_json(rows)
@@ -266,7 +277,7 @@ def _list_groups(session: Session, broker: Broker) -> None:
 
 def _work_on(
     consumer: DeadLetters,
-    chosen: Callable[[int, str], bool],
+    chosen: _Chosen,
     label: str,
     work: Callable[[DeadLetters, list[ReceivedMessage]], None],
 ) -> int:
@@ -280,7 +291,7 @@ def _work_on(
     with console.progress(label, len(there), unit="letters") as advance:
         while messages := consumer.receive(BATCH, invisible=HELD_SECONDS):
             new = [message for message in messages if there and message.queue_offset <= there[-1]]
-            wanted = [message for message in new if chosen(message.queue_offset, message.message_id)]
+            wanted = [message for message in new if chosen.has(message.queue_offset, message.message_id)]
             try:
                 if wanted:
                     work(consumer, wanted)

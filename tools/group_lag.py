@@ -122,8 +122,9 @@ def _group(
     tail: int,
 ) -> dict[str, Any]:
     queues = [_queue(table, clients, messages) for table in tables]
+    read = {*subscription, RETRY_PREFIX + name}  # members read the group's retries without subscribing to them
     for queue in queues:  # None: nobody knows, since no member came yet and no subscription was set
-        queue["subscribed"] = queue["topic"] in subscription if subscription else None
+        queue["subscribed"] = queue["topic"] in read if subscription else None
     floor = min((queue["position"] for queue in queues if queue["position"] is not None), default=tail)
     return {
         "group": name,
