@@ -37,6 +37,11 @@ class LogFiles:
         self._opened: tuple[LogReader, ConsumeQueues] | None = None
         self._holes: dict[tuple[int, int, int], Hole] = {}  # without an end; who waits for it asks again and again
 
+    @property
+    def store(self) -> bytes:
+        """Identity of the log that is served now: another one if somebody has emptied the directory."""
+        return self._serving()[1]
+
     def read_log(self, position: int) -> bytes:
         """The record at ``position``. Raises PositionGone, CorruptLog."""
         with self._lock:

@@ -68,7 +68,7 @@ class _Reader(SimpleConsumer, PullCore):
     def _subscribe(self) -> None:
         client = self._home.attach()
         client.region.define_group(self.group)
-        self._assign(client, encode_subscription(self._wanted), self._assigned)
+        self._assign(client, encode_subscription(self._wanted), self._assigned, self._home.files.store)
 
     def _max_deliveries(self, message: ReceivedMessage) -> int:  # noqa: ARG002 - what is not delivered is not buried
         return _WITHOUT_END

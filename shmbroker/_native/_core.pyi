@@ -516,7 +516,8 @@ class MessageWait:
 class PullCore(ConsumerCore):
     """Reads queues from positions of its own, and claims nothing. One thread at a time."""
     def _assign(
-        self, client: Client, filters: Mapping[str, Sequence[bytes] | bytes | None], assigned: Iterable[tuple[str, int]]
+        self, client: Client, filters: Mapping[str, Sequence[bytes] | bytes | None], assigned: Iterable[tuple[str, int]],
+        store: bytes,
     ) -> None: ...
     def _poll(self, room: int, wait: float) -> list[ReceivedMessage]: ...
     def _positions(self) -> list[tuple[str, int, int, int, int, int, int]]: ...

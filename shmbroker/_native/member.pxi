@@ -83,7 +83,7 @@ cdef class _Member(_QueueReader):
             raise _errors.GroupNotExist(f"group {self.group!r} was deleted while this consumer joined it")
         if code != SB_OK:
             raise code_error(r, code, f"joining group {self.group!r}")
-        self.client = client
+        self.read_through(client)
         self.group_slot = group
         self.joined = True
         memberships[id(client), group] = memberships.get((id(client), group), 0) + 1
@@ -98,7 +98,7 @@ cdef class _Member(_QueueReader):
         self._leave()
         if sb_group_find(r, name, &group) != SB_OK:
             raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
-        self.client = client
+        self.read_through(client)
         self.group_slot = group
         self.filters = {topic: None}
         self.refresh(r)

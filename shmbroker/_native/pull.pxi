@@ -8,9 +8,11 @@ cdef class PullCore(ConsumerCore):
     """Reads assigned queues from positions of its own; see _core.pyi. Subclass: shmbroker.pull_consumer. One thread at a time."""
     cdef set assigned      # (topic, queue_id)
     cdef uint32_t group_id
+    cdef bytes store       # whose log the positions are in
 
-    def _assign(self, Client client not None, filters, assigned):
-        """Read these queues from now on. filters: topic -> tags, program or None. Queues that stay keep their position."""
+    def _assign(self, Client client not None, filters, assigned, bytes store not None):
+        """Read these queues from now on. filters: topic -> tags, program or None. Queues of the same ``store`` that stay keep
+        their position."""
         cdef sb_region *r = client.check()
         cdef bytes name = self.group.encode()
         cdef uint32_t group = 0
@@ -18,7 +20,9 @@ cdef class PullCore(ConsumerCore):
             raise _errors.GroupNotExist(f"group {self.group!r} does not exist")
         self.filters = make_filters(filters)
         self.assigned = set(assigned)
-        self.client = client
+        self.read_through(client)
+        if store != self.store:
+            self.sources, self.store = [], store
         self.group_slot = group
         self.group_id = sb_group_at(r, group).group_id
         self.refresh(r)

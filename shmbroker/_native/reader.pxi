@@ -72,6 +72,11 @@ cdef class _QueueReader:
         self.idle_room = RUN_MAX
         self.queue_room = UINT32_MAX
 
+    cdef void read_through(self, Client client) noexcept:
+        """From now on. Its log may be another one: somebody may have emptied the directory."""
+        self.client = client
+        self.window = self.older = None
+
     # -- for the subclass in Python
 
     def _read_entries(self, uint32_t topic_id, uint32_t queue_id, uint64_t offset, uint32_t count):

@@ -54,8 +54,8 @@ class Courier:
                 try:
                     return running.result(LOOK_SECONDS)
                 except TimeoutError:
-                    if running.done():
-                        raise  # the listener's own
+                    if running.done():  # perhaps just now; a TimeoutError of the listener's own is raised again
+                        return running.result()
                     if self._loop.is_closed():
                         self.stranded()
                         return ConsumeStatus.RECONSUME_LATER
