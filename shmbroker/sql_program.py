@@ -121,7 +121,7 @@ def compile_sql(expression: str) -> tuple[str, bytes]:
         why = _HINTS.get(expression[at], f"a character without a meaning: {expression[at]!r}")
         raise _refused(expression, at, why) from None
     except UnexpectedToken as error:
-        raise _refused(expression, *_unexpected(error, len(expression))) from None
+        raise _refused(expression, *_unexpected(error, expression)) from None
     compiler = _Compiler(expression)
     try:
         whole = compiler.condition(compiler.transform(tree))
@@ -145,13 +145,15 @@ def _one_line(tokens: list[Token]) -> str:
     return text
 
 
-def _unexpected(error: UnexpectedToken, end: int) -> tuple[int, str]:
+def _unexpected(error: UnexpectedToken, expression: str) -> tuple[int, str]:
     """Where, and what was expected there."""
     wanted = list(dict.fromkeys(name for key, name in _NAMES.items() if key in error.accepts))
     expected = " or ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
     token = error.token
     if token.type == "$END":
-        return end, f"it ends here, but {expected} is expected"
+        return len(expression), f"it ends here, but {expected} is expected"
+    if token.type == "EQUAL" and expression[: token.start_pos].endswith("="):
+        return token.start_pos or 0, "equal is written ="
     if token.upper() == "LIKE":
         return token.start_pos or 0, "there is no LIKE: use CONTAINS, STARTSWITH or ENDSWITH"
     if token.type == "_NULL":
