@@ -23,7 +23,7 @@ from typing import Any, Final
 from shmbroker import listening
 from shmbroker._native._core import ConsumeContext, Lane, PushCore, ReceivedMessage
 from shmbroker.broadcasting import CLUSTERING, consumer_of
-from shmbroker.consumer import ConsumerHome
+from shmbroker.consumer import ConsumerHome, SimpleConsumer
 from shmbroker.errors import BadRequest, BrokerClosed, ForkedHandleError, ShmBrokerError
 from shmbroker.handle import Handle
 from shmbroker.message import wrong_type
@@ -43,6 +43,9 @@ PAUSE_SECONDS: Final = 1.0  # after an error that is not a listener's (RocketMQ'
 RENEWAL_LOOKS: Final = 6  # in one consume_timeout; a claim is renewed when a third of its time is left
 RENEWAL_LOOK_MIN_SECONDS: Final = 0.01
 WINDOW_SHARE: Final = 4  # at most this part of a group's claim window is prefetched by one consumer
+
+# What its own settings leave, it passes on.
+_OF_THE_CONSUMER: Final = {*(SimpleConsumer.__init__.__kwdefaults__ or ()), *(consumer_of.__kwdefaults__ or ())}
 
 
 class PushConsumer(Handle, PushCore):
@@ -81,6 +84,9 @@ class PushConsumer(Handle, PushCore):
         suspend_current_queue_time: float = 1.0,
         **settings: Any,
     ) -> None:
+        if unknown := settings.keys() - _OF_THE_CONSUMER:
+            known = ", ".join(sorted({*(PushConsumer.__init__.__kwdefaults__ or ()), *_OF_THE_CONSUMER} - {"spin"}))
+            raise TypeError(f"push_consumer() got an unexpected keyword argument {min(unknown)!r}; there are {known}")
         if not callable(listener):
             raise BadRequest(f"listener = {listener!r}: must be callable with a message and a ConsumeContext")
         if is_coroutine_function(listener):
@@ -101,7 +107,7 @@ class PushConsumer(Handle, PushCore):
             raise BadRequest(f"max_renewals = {max_renewals!r}: must be an integer from 0 on, or None: without end")
         if "spin" in settings:
             raise BadRequest("spin: only a SimpleConsumer burns a core while it waits")
-        if orderly and settings.get("message_model", CLUSTERING) != CLUSTERING:
+        if orderly and (settings.pop("message_model", CLUSTERING) != CLUSTERING or settings.pop("member", None)):
             raise BadRequest("orderly: the members of a group share its queues, so its message_model is CLUSTERING")
         consumer = (OrderlyMember if orderly else consumer_of)(home, group, subscriptions, **settings)
         super().__init__(

@@ -173,6 +173,8 @@ def test_nonsense_is_refused(broker: Broker) -> None:
             broker.push_consumer("cache", Heard(), ALL, **settings)
     with pytest.raises(shmbroker.BadRequest, match="orderly"):
         broker.push_consumer("cache", Heard(), ALL, orderly=True, **BROADCAST)
+    with pytest.raises(shmbroker.BadRequest, match="orderly"):
+        broker.push_consumer("cache", Heard(), ALL, orderly=True, member="worker-1")
     with pytest.raises(shmbroker.NameIllegal):
         broker.simple_consumer("g" * 110, ALL, **BROADCAST)
     assert broker.groups() == []

@@ -267,3 +267,14 @@ def test_an_answer_within_renewed_time_counts(broker: Broker) -> None:
         wait_until(lambda: done_with(broker) == 3, "acknowledged")
         assert consumer.late == 0
     assert heard.calls == [numbered(3)]
+
+
+def test_an_unexpected_keyword_is_named_with_those_that_there_are(broker: Broker) -> None:
+    unknown: dict[str, Any] = {"threads": 2}
+    with pytest.raises(TypeError) as refused:
+        broker.push_consumer("audit", Heard(), ALL, **unknown)
+    text, known = str(refused.value).split("; there are ")
+    assert text == "push_consumer() got an unexpected keyword argument 'threads'"
+    assert {"consume_thread_max", "consume_from", "message_model", "member", "ack"} < {*known.split(", ")}
+    assert broker.groups() == []
+    broker.push_consumer("audit", Heard(), ALL, orderly=True, message_model="CLUSTERING").close()  # one that there is
