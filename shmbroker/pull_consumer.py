@@ -143,7 +143,9 @@ class PullConsumer(Handle):
         with self._one_at_a_time:
             (place,) = self._places(topic, queue_id)
             first, end = place[5:]
-            if type(offset) is not int or not first <= offset <= end:
+            if type(offset) is not int:
+                raise BadRequest(f"offset = {offset!r}: must be an int, not {type(offset).__name__}")
+            if not first <= offset <= end:
                 raise BadRequest(
                     f"seek to {offset!r}: {topic}[{queue_id}] has messages from offset {first} on, "
                     f"the next will be {end}"
@@ -215,6 +217,10 @@ class PullConsumer(Handle):
         self, topic: str | None = None, queue_id: int | None = None
     ) -> list[tuple[str, int, int, int, int, int, int]]:
         """Of the queues that are meant; at least one. See ``PullCore._positions``."""
+        if topic is not None and not isinstance(topic, str):
+            raise BadRequest(f"topic = {topic!r}: must be a str, not {type(topic).__name__}")
+        if queue_id is not None and type(queue_id) is not int:
+            raise BadRequest(f"queue_id = {queue_id!r}: must be an int, not {type(queue_id).__name__}")
         reader = self._assigned_reader()
         try:
             places = reader._positions()

@@ -44,9 +44,18 @@ class RetryPolicy:
             raise BadRequest(f"retry policy {self.kind!r}: one of {', '.join(KINDS)}")
         if type(self.max_retries) is not int or not 0 <= self.max_retries <= MAX_RETRIES:
             raise BadRequest(f"max_retries = {self.max_retries!r}: an integer from 0 to {MAX_RETRIES}")
+        if not isinstance(self.delays, tuple | list):
+            raise BadRequest(f"delays = {self.delays!r}: must be a tuple of seconds, not {type(self.delays).__name__}")
+        named = (("initial", self.initial), ("longest", self.longest), *(("delays", delay) for delay in self.delays))
+        for name, number in (("multiplier", self.multiplier), *named):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                wanted = "a number" if name == "multiplier" else "seconds"
+                raise BadRequest(
+                    f"{name} = {number!r}: must be {wanted}, as a float or an int, not {type(number).__name__}"
+                )
         if self.kind == "table" and not 1 <= len(self.delays) <= TABLE_MAX:
             raise BadRequest(f"{len(self.delays)} delays in a table of retries: from 1 to {TABLE_MAX}")
-        for seconds in (self.initial, self.longest, *self.delays):
+        for _, seconds in named:
             if not 0.0 <= seconds <= DELAY_MAX:
                 raise BadRequest(f"a retry after {seconds!r} seconds: from 0 to {DELAY_MAX:.0f}")
         if not 1.0 <= self.multiplier <= 1000.0:

@@ -240,6 +240,9 @@ def test_nonsense_is_refused(broker: Broker) -> None:
         refused = [
             (consumer.seek, ("orders", 0, 4), shmbroker.BadRequest, "from offset 0 on, the next will be 3"),
             (consumer.seek, ("orders", 0, -1), shmbroker.BadRequest, "-1"),
+            (consumer.seek, ("orders", "0", 1), shmbroker.BadRequest, "queue_id = '0': must be an int, not str"),
+            (consumer.seek, (0, 0, 1), shmbroker.BadRequest, "topic = 0: must be a str, not int"),
+            (consumer.seek, ("orders", 0, "1"), shmbroker.BadRequest, "offset = '1': must be an int, not str"),
             (consumer.seek, ("orders", 1, 0), shmbroker.BadRequest, "not assigned"),
             (consumer.seek_to_end, ("refunds",), shmbroker.BadRequest, "not assigned"),
             (consumer.seek_to_time, (2.0**40,), shmbroker.BadRequest, "1970"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -69,6 +70,24 @@ def test_a_policy_is_read_as_it_was_written(policy: RetryPolicy) -> None:
 def test_a_policy_that_cannot_be_meant_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(BadRequest):
         RetryPolicy(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"delays": ("1s",)}, "delays = '1s': must be seconds, as a float or an int, not str"),
+        ({"delays": "1s 5s"}, "delays = '1s 5s': must be a tuple of seconds, not str"),
+        ({"delays": 1.0}, "delays = 1.0: must be a tuple of seconds, not float"),
+        ({"initial": "1"}, "initial = '1': must be seconds, as a float or an int, not str"),
+        ({"longest": None}, "longest = None: must be seconds, as a float or an int, not NoneType"),
+        ({"multiplier": "2"}, "multiplier = '2': must be a number, as a float or an int, not str"),
+    ],
+)
+def test_a_policy_of_the_wrong_types_is_refused_by_the_name_of_the_argument(
+    settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(BadRequest, match=re.escape(says)):
+        RetryPolicy(**({"kind": "table", "delays": (1.0,)} | settings))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"kind":1}', '{"sort":"levels"}', "{", '{"kind":"table","delays":["1"]}'])
