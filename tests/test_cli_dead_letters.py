@@ -44,7 +44,7 @@ def test_a_retry_policy_is_set_and_shown(broker: Broker) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["audit", "table"], "0 delays in a table of retries: from 1 to 32"),
+        (["audit", "table"], "table: --delays says which, as in --delays '0s 5s 1m'"),
         (["audit", "levels", "--max", "251"], "max_retries = 251: an integer from 0 to 250"),
         (["audit", "exponential", "--initial", "5"], "delay '5': a number and ms, s, m, h or d"),
         (["nobody", "levels"], "group 'nobody' does not exist"),

@@ -215,6 +215,8 @@ def test_a_process_whose_fleet_was_killed_before_it_ran_leaves_at_once(stage: St
     [
         ("app", "expected MODULE:LISTENER"),
         ("nowhere:handle", "No module named 'nowhere'; --app-dir says where its module is"),
+        ("app.py:handle", "listener 'app.py:handle': names a file, not a module: app:handle"),
+        ("sub/app.py:handle", "names a file, not a module: app:handle --app-dir sub"),
         ("app:missing", "has no attribute 'missing'"),
         ("app:nothing", "is None, and not callable"),
     ],

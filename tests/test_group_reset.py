@@ -352,3 +352,6 @@ def test_the_command_says_what_it_does_and_asks_before(tmp_path: Path) -> None:
         assert command(directory, *take).stdout == ""
         wrong = command(directory, *reset, "--to-time", "tomorrow", "--yes")
         assert (wrong.returncode, "2026-11-21T10:00" in wrong.stderr) == (ExitCode.USAGE, True)
+        future = f"{datetime.now().year + 1}-01-01"  # noqa: DTZ005 - local time, as on the command line
+        wrong = command(directory, *reset, "--to-time", future, "--yes")
+        assert (wrong.returncode, f"'{future}': lies in the future" in wrong.stderr) == (ExitCode.USAGE, True)

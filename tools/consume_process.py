@@ -96,6 +96,10 @@ def find_listener(name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
             log.exception("importing %s", module)
+        if module.endswith(".py"):
+            *place, stem = module.removesuffix(".py").split("/")
+            where = f" --app-dir {'/'.join(place) or '/'}" if place else ""
+            raise BadRequest(f"listener {name!r}: names a file, not a module: {stem}:{attribute}{where}") from error
         raise BadRequest(f"listener {name!r}: {error}; --app-dir says where its module is") from error
     except AttributeError as error:
         raise BadRequest(f"listener {name!r}: {error}") from error

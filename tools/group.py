@@ -164,6 +164,8 @@ def set_retry(
     `levels` waits as message_delay_level says, from level 3 on. Live members follow at once; what waits already keeps
     its time.
     """
+    if kind == "table" and not delays.split():
+        raise click.UsageError("table: --delays says which, as in --delays '0s 5s 1m'")
     table = tuple(parse_delay(word) for word in delays.split())
     policy = RetryPolicy(kind, max_retries, parse_delay(initial), multiplier, parse_delay(longest), table)
     with session.open() as broker:

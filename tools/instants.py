@@ -12,7 +12,14 @@ from shmbroker.errors import ConfigError
 
 
 def instant(text: str) -> float:
-    """Seconds since 1970. Raises BadParameter."""
+    """Seconds since 1970. Raises BadParameter, also for what is still to come."""
+    seconds = _seconds(text)
+    if seconds * 1e9 > time.time_ns():
+        raise click.BadParameter(f"{text!r}: lies in the future, where there are no messages yet")
+    return seconds
+
+
+def _seconds(text: str) -> float:
     try:
         return datetime.fromisoformat(text).timestamp()  # without a time zone: local time
     except ValueError:
