@@ -103,7 +103,8 @@ def findings(health: dict[str, Any]) -> list[str]:
     abandoned = health["state"].startswith(ABANDONED)
     if abandoned:
         found.append(_abandoned(health))
-    elif health["state"] != "running":
+    leaving = health["state"] == "draining"  # as told; what hinders it is found below
+    if health["state"] != "running" and not abandoned and not leaving:
         found.append(f"the broker is {health['state']}; run/supervisor.log in the directory says why")
     store = health["store"]
     if store["state"] != "ok":
@@ -118,7 +119,8 @@ def findings(health: dict[str, Any]) -> list[str]:
     for role in () if abandoned else EXPECTED_ROLES:
         worker = roles.get(role)
         if worker is None or not worker["alive"]:
-            found.append(f"the {role} is not running; the supervisor restarts it, run/{role}.log says why it died")
+            if not leaving:
+                found.append(f"the {role} is not running; the supervisor restarts it, run/{role}.log says why it died")
         elif worker["process_state"] == psutil.STATUS_STOPPED:
             found.append(f"the {role} is stopped: kill -CONT {worker['pid']}")
         elif worker["starts"] >= MANY_STARTS:

@@ -19,7 +19,7 @@ from support.waiting import wait_until
 
 import shmbroker as api
 from shmbroker import memory
-from shmbroker.health import EXPECTED_ROLES
+from shmbroker.health import EXPECTED_ROLES, findings
 from shmbroker.naming import BrokerPaths
 from shmbroker.tools.exit_codes import ExitCode
 
@@ -40,6 +40,14 @@ def test_status_of_a_well_broker_shows_its_workers_and_finds_nothing(server: Pat
     assert health["positions"]["tail"] > 10 * len("line 0")
     text = shmbroker(server, "status").stdout
     assert re.search(r"^ *state +running, epoch 1, served", text, flags=re.MULTILINE)
+
+
+def test_a_broker_that_stops_as_it_was_told_is_no_finding(server: Path) -> None:
+    health = shmbroker_json(server, "status")
+    gone = [worker | {"alive": False} for worker in health["workers"]]
+    assert findings(health | {"state": "draining", "workers": gone}) == []
+    assert findings(health | {"state": "draining", "store": health["store"] | {"state": "full"}}) != []
+    assert len(findings(health | {"workers": gone})) == len(gone)
 
 
 def test_status_names_a_stopped_worker_and_the_remedy(server: Path) -> None:
