@@ -15,7 +15,7 @@ from shmbroker.config import Config
 from shmbroker.errors import BadRequest, GroupNotExist, TopicNotExist
 from shmbroker.handle import Handle
 from shmbroker.log_files import LogFiles
-from shmbroker.naming import PERMISSIONS, RETRY_PREFIX, check_group, check_topic, permission_name
+from shmbroker.naming import PERMISSIONS, RETRY_PREFIX, check_group, check_topic, permission_name, unknown_group
 from shmbroker.retry import DEFAULT_POLICY, RetryPolicy, parse_policy
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ class Definitions(Handle):
 
         What its members have in hand they may finish. Sends go on; what comes is kept for it.
         """
-        self.region.set_paused(check_group(name), True)
+        self._set_paused(name, True)
 
     def resume_group(self, name: str) -> None:
         """Let a paused group go on. Raises GroupNotExist."""
-        self.region.set_paused(check_group(name), False)
+        self._set_paused(name, False)
 
     def delete_group(self, name: str) -> None:
         """Delete a consumer group, its progress and its retries; it keeps no log any more. Its dead letters stay.
@@ -153,6 +153,12 @@ class Definitions(Handle):
     def groups(self) -> list[dict[str, Any]]:
         """The groups: each one's name, group_id, subscription, subscription_set, paused, and members (slots)."""
         return self.region.groups()
+
+    def _set_paused(self, name: str, paused: bool) -> None:
+        try:
+            self.region.set_paused(check_group(name), paused)
+        except GroupNotExist:
+            raise unknown_group(name, [group["name"] for group in self.region.groups()]) from None
 
     def _find_topic(self, name: str) -> dict[str, Any] | None:
         return next((topic for topic in self.region.topics() if topic["name"] == name), None)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmbroker.errors import BadRequest, GroupNotExist, QueueNotExist, TopicNotExist
-from shmbroker.naming import DEAD_LETTER_PREFIX, RETRY_PREFIX, check_topic
+from shmbroker.errors import BadRequest, QueueNotExist, TopicNotExist
+from shmbroker.naming import DEAD_LETTER_PREFIX, RETRY_PREFIX, check_topic, unknown_group
 from shmbroker.queue_time import BEHIND_THE_LAST, QueueTimes, instant_ns
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ def reset_group(
     if queue_id is not None and topic is None:
         raise BadRequest(f"queue_id = {queue_id!r}: name the topic, too")
     born_ns = None if to_time is None else instant_ns("to_time", to_time)
-    known = next((known for known in region.groups() if known["name"] == group), None)
-    if known is None:
-        raise GroupNotExist(f"group {group!r} does not exist")
+    groups = {known["name"]: known for known in region.groups()}
+    if group not in groups:
+        raise unknown_group(group, groups)
+    known = groups[group]
     places = list(_places(region, known, topic, queue_id, with_retries=skip))
     times = None if born_ns is None else QueueTimes(region, files)
     done = []

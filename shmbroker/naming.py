@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NewType
 
-from shmbroker.errors import NameIllegal
+from shmbroker.errors import GroupNotExist, NameIllegal
 
 Position = NewType("Position", int)  # bytes since the log began
 QueueOffset = NewType("QueueOffset", int)  # messages since the queue began
@@ -77,6 +78,14 @@ def member_group(group: str, member: object, unique: str) -> str:
     if not (isinstance(member, str) and _MEMBER.fullmatch(member)):
         raise NameIllegal(f"member {member!r}: 1 to 64 letters, digits, _ and -")
     return check_group(f"{start}%{member}")
+
+
+def unknown_group(name: str, known: Iterable[str]) -> GroupNotExist:
+    """The error for a group that is not among those known; it names the members that it has if it is broadcasting."""
+    starts = f"{BROADCAST_PREFIX}{name}%", f"{BROADCAST_PREFIX}{name}|"
+    members = sorted(group for group in known if group.startswith(starts))
+    each = f"; it is broadcasting, and each member a group: {', '.join(members)}" if members else ""
+    return GroupNotExist(f"group {name!r} does not exist{each}")
 
 
 def is_passing_member(group: str) -> bool:

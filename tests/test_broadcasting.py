@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from support.command import shmbroker as shmbroker_command
 from support.consuming import ALL, bodies_of, drain, numbered, send
 from support.listening import Gate, Heard
 from support.processes import Child, kill_all, stop_broker
@@ -18,6 +19,7 @@ from support.waiting import wait_until
 import shmbroker
 from shmbroker import ConsumeStatus
 from shmbroker.broker import Broker
+from shmbroker.tools.exit_codes import ExitCode
 
 BROADCAST: Final[dict[str, Any]] = {"message_model": "BROADCASTING"}
 
@@ -156,6 +158,30 @@ def test_members_go_on_with_the_next_life_of_the_broker(directory: Path, end: Ca
         for member in members:
             assert drain(member, 6) == numbered(6, 4)
         broker.close()
+
+
+def test_of_a_broadcasting_group_that_is_none_itself_the_members_are_named(broker: Broker) -> None:
+    calls: list[Callable[[str], object]] = [
+        broker.pause_group,
+        broker.resume_group,
+        lambda name: broker.reset_group(name, skip=True),
+    ]
+    with (
+        broker.simple_consumer("cache", ALL, **BROADCAST, member="worker-1") as named,
+        broker.simple_consumer("cache", ALL, **BROADCAST) as passing,
+        broker.simple_consumer("cached", ALL, **BROADCAST, member="worker-1"),
+    ):
+        members = ", ".join(sorted([named.group, passing.group]))
+        assert named.group == "%BROADCAST%cache%worker-1"
+        for call in calls:
+            with pytest.raises(shmbroker.GroupNotExist) as refused:
+                call("cache")
+            told = f"group 'cache' does not exist; it is broadcasting, and each member a group: {members}"
+            assert str(refused.value) == told
+            with pytest.raises(shmbroker.GroupNotExist, match=r"group 'nobody' does not exist$"):
+                call("nobody")
+        shown = shmbroker_command(broker.directory, "group", "show", "cache")
+        assert (shown.returncode, members in shown.stderr) == (ExitCode.USAGE, True)
 
 
 def test_nonsense_is_refused(broker: Broker) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shmbroker.delays import parse_delay
-from shmbroker.errors import GroupNotExist
+from shmbroker.naming import unknown_group
 from shmbroker.retry import KINDS, RetryPolicy, parse_policy
 from shmbroker.tools import console, expressions, group_offsets
 from shmbroker.tools.command_group import CommandGroup
@@ -235,5 +235,5 @@ def _lags(session: Session, name: str | None) -> list[dict[str, Any]]:
 def _chosen(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     chosen = [lag for lag in found if lag["group"] == name]
     if not chosen:
-        raise GroupNotExist(f"group {name!r} does not exist")
+        raise unknown_group(name, [lag["group"] for lag in found])
     return chosen
