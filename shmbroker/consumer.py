@@ -195,10 +195,17 @@ class SimpleConsumer(Handle, ConsumerCore):
             return None
 
     def _report_lost(self, topic: str, queue_id: int, first: int, count: int) -> None:
+        store = self._home.config.runtime
+        by_retention = (
+            f"deleted by retention (delete_unconsumed = true, retention_ms = {store.retention_ms}, retention_bytes = "
+            f"{store.retention_bytes}), "
+            if store.delete_unconsumed
+            else ""
+        )
         logger.error(
             "group %s: %d messages of %s[%d], from offset %d on, cannot be had from the log any more, and no "
-            "acknowledgement of them is known: lost, or, after a power cut, consumed shortly before it",
-            self.group, count, topic, queue_id, first,
+            "acknowledgement of them is known: %slost, or, after a power cut, consumed shortly before it",
+            self.group, count, topic, queue_id, first, by_retention,
         )  # fmt: skip
 
     def _max_deliveries(self, message: ReceivedMessage) -> int:

@@ -138,6 +138,8 @@ def test_what_is_deleted_unconsumed_is_told_to_the_group_and_the_rest_delivered(
         told = re.findall(r"(\d+) messages of orders\[0\], from offset \d+ on, cannot be had", caplog.text)
         assert sum(map(int, told)) == first - 20
         assert len(told) < 50, "not a line for each"
+        keeps = f"retention_ms = {broker.config.runtime.retention_ms}, retention_bytes = 0"
+        assert f"deleted by retention (delete_unconsumed = true, {keeps}), lost, or" in caplog.text
         wait_until(lambda: all(table["base"] == 3500 for table in broker.region.progress()), "all of it done")
 
 
