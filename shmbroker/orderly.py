@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 
+from shmbroker import memory
 from shmbroker._native._core import Region
 from shmbroker.consumer import SimpleConsumer
-from shmbroker.queue_locks import open_locks
+from shmbroker.errors import BrokerClosed
+from shmbroker.queue_locks import open_locks, remove_locks
 
 logger = logging.getLogger("shmbroker.orderly")
 
@@ -29,7 +31,11 @@ class OrderlyMember(SimpleConsumer):
         self._open_locks(self.client.region)
 
     def _open_locks(self, region: Region) -> None:
-        self._own_by(open_locks(region, self._home.config.layout.claim_tables, self._home.directory))
+        found = open_locks(region, self._home.config.layout.claim_tables, self._home.directory)
+        if region.get("state") == memory.STATE_STOPPED:  # who removes them has perhaps looked before these were made
+            remove_locks(region.header["instance"])
+            raise BrokerClosed("consuming in order: the broker has stopped")
+        self._own_by(found)
 
 
 __all__ = ["OrderlyMember"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.consuming import ALL, asleep, bodies_of, numbered, send
-from support.listening import Heard, attempts, done_with, held
+from support.listening import Gate, Heard, attempts, done_with, held
 from support.orderly import DONE, Log, member, owners, shares
 from support.processes import SMALL
 from support.waiting import wait_until
@@ -114,6 +114,42 @@ def test_a_stopped_owner_keeps_its_queues_and_goes_on_where_it_was(eight: Broker
             log.wait_done(8 * 20)
         log.check_order(sent, killed=set())
         assert max(call.attempt for call in log.calls) == 1
+
+
+def test_a_member_that_is_stopped_before_it_names_itself_and_whose_table_begins_anew_holds_nothing_up(
+    directory: Path, log: Log
+) -> None:
+    armed = {"SHMBROKER_FAILPOINTS": "client/queue.taken=stop"}
+    heard = Heard(lambda *_: DONE)
+    with shmbroker.open(directory, **SMALL) as broker:
+        broker.create_topic("orders", queues=1)
+        with member(directory, log, doomed=True, environment=armed) as stopped:
+            wait_until(lambda: is_stopped(stopped.pid), "stopped")
+            broker.reset_group("audit", skip=True, topic="orders")
+            broker.reset_group("audit", skip=True, topic="orders")  # by now in the table that it was about to take
+            os.kill(stopped.pid, signal.SIGCONT)
+            wait_until(lambda: shares(broker) == [1], "owned")
+            with broker.push_consumer("audit", heard, ALL, orderly=True):
+                send(broker, *numbered(3))
+                wait_until(lambda: done_with(broker) == 3, "acknowledged by whoever owns it")
+
+
+def test_a_member_beside_a_busy_sibling_of_its_process_sleeps(directory: Path) -> None:
+    gate, heard = Gate(DONE), Heard(lambda *_: DONE)
+    with shmbroker.open(directory, **SMALL) as broker:
+        broker.create_topic("orders", queues=2)
+        busy = Heard(gate)
+        with broker.push_consumer("audit", busy, ALL, orderly=True, consume_thread_max=1):
+            wait_until(lambda: shares(broker) == [2], "all with the first")
+            with broker.push_consumer("audit", heard, ALL, orderly=True):
+                send(broker, b"slow", queue_id=0)
+                busy.wait(1)
+                send(broker, b"behind", queue_id=1)
+                begun, used = time.monotonic(), time.process_time()
+                wait_until(lambda: time.monotonic() - begun > 1, "a second of it")
+                assert time.process_time() - used < 0.5
+                gate.let_go()
+                assert busy.wait(2) == [b"slow", b"behind"]
 
 
 def test_a_member_that_is_stopped_while_it_asks_holds_nothing_up(eight: Broker, directory: Path, log: Log) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from support.consuming import ALL, numbered, send
 from support.listening import Gate, Heard, done_with
 from support.orderly import DONE, MEMBER, Log, owners, remove_semaphores, semaphore_sets
 from support.processes import SMALL, Child, kill_all, wait_for_workers, wait_gone
+from support.served import serving
 from support.waiting import wait_until
 
 import shmbroker
@@ -20,12 +23,22 @@ from shmbroker._native import _core
 from shmbroker.broker import Broker
 from shmbroker.config import Config
 from shmbroker.descriptor import read_descriptor
+from shmbroker.janitor import is_stopped
 from shmbroker.naming import BrokerPaths
 from shmbroker.queue_locks import key_of, open_locks
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users, makes namespaces: root only")
 
 TABLES = int(SMALL["claim_tables"])
+
+LATE = """
+    import sys, shmbroker
+    broker = shmbroker.open(sys.argv[1])
+    try:
+        broker.push_consumer("audit", print, {"orders": "*"}, orderly=True)
+    except shmbroker.ShmBrokerError as error:
+        print(type(error).__name__)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +103,22 @@ def test_whoever_is_killed_while_it_makes_them_leaves_them_to_the_next(
             assert child.read_line() == ""
         assert locks_of(directory) is not None
         consume_in_order(broker)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("edge", ["locks.made", "locks.shared"])
+def test_whoever_makes_them_while_the_broker_removes_everything_leaves_none(directory: Path, edge: str) -> None:
+    armed = {"SHMBROKER_FAILPOINTS": f"client/{edge}=stop"}
+    before = semaphore_sets()
+    with ExitStack() as stack:
+        with serving(directory):
+            maker = stack.enter_context(Child(LATE, directory, environment=armed))
+            wait_until(lambda: is_stopped(maker.pid), "stopped")
+            assert len(semaphore_sets() - before) == 1
+        assert semaphore_sets() <= before
+        os.kill(maker.pid, signal.SIGCONT)
+        assert maker.read_line() == "BrokerClosed"
+        assert semaphore_sets() <= before
 
 
 @pytest.mark.crash

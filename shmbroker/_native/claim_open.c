@@ -56,17 +56,23 @@ void sb_claims_give_up(sb_claims *c, uint64_t life)
 
 /* Under the definition lock. The claim lock keeps those out who are moving a base of the last life: where one of them was
  * stopped, another table is taken. The new life, *life, begins before the first word changes; the caller makes it LIVE and
- * gives the lock back. A kill in between leaves a free table, formatted anew by the next. */
+ * gives the lock back. A kill in between leaves a free table, formatted anew by the next.
+ *
+ * A table whose last life still has an owner, whose listener runs, is taken only if there is no other: who consumes the new
+ * life in order gets nothing until that one gives up the semaphore, which goes with the table. */
 static int prepare(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, uint32_t *table, uint64_t *life)
 {
-    for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
+    const uint32_t tables = r->limits.claim_tables;
+    for (uint32_t n = 0; n < 2 * tables; n++) {
+        const uint32_t i = n % tables;
         sb_claims *c = sb_claims_at(r, i);
-        if (sb_claims_is_live(sb_load(&c->state)) || sb_claims_try_lock(r, i) != SB_OK) {
+        const int passed_over = n < tables && sb_load(&c->owner);
+        if (passed_over || sb_claims_is_live(sb_load(&c->state)) || sb_claims_try_lock(r, i) != SB_OK) {
             continue;
         }
         const uint64_t incarnation = sb_claims_incarnation(sb_load(&c->state)) + 1;
         sb_store(&c->state, sb_claims_life(SB_SLOT_FREE, incarnation));
-        sb_fence();
+        sb_fence(); /* SYNC: queue-owner */
         c->group_slot = group;
         c->queue_slot = queue;
         c->group_id = sb_group_at(r, group)->group_id;

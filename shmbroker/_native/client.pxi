@@ -17,6 +17,7 @@ cdef class Client:
     cdef int fork_generation
     cdef readonly bint closed
     cdef int users     # threads in a call that runs without the GIL
+    cdef dict owning   # claim table -> the _Ownership of this process that has its queue, of orderly consumers
     cdef list waiters  # wait slots of this process that no thread uses at the moment
 
     def __init__(self, Region region not None, str name):
@@ -30,6 +31,7 @@ cdef class Client:
         self.region = region
         self.incarnation = int.from_bytes(_os.urandom(8), "little") or 1
         self.waiters = []
+        self.owning = {}
         self.fork_generation = sb_fork_generation
         code = sb_client_join(r, pid, sb_start_ticks(pid), self.incarnation, encoded, &self.slot, &self.generation)
         if code == SB_TABLE_FULL:

@@ -101,6 +101,8 @@ cdef class ConsumerCore(_Member):
             return self.wait_in(client, waiter, deadline_ns, room, invisible_ms)
         finally:
             self.waiter = SB_NIL
+            if self.ownership is not None:
+                self.ownership.waiter = SB_NIL
             client.give_waiter(waiter)
             client.exit()
 
@@ -159,6 +161,8 @@ cdef class ConsumerCore(_Member):
         everybody: it sees us, or we see it. Returns how many topics there are, for the end of the wait."""
         cdef uint32_t count
         cdef bint paused
+        if self.ownership is not None:
+            self.ownership.waiter = self.waiter
         while True:
             paused = self.is_paused(r)
             count = 0 if paused else self.topic_slots(topics)

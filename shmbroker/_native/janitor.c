@@ -50,10 +50,18 @@ int sb_client_join(sb_region *r, uint32_t pid, uint64_t start_ticks, uint64_t in
     return SB_TABLE_FULL;
 }
 
-/* Whose queue is it, and does anybody of the group sleep for it? */
-static void wake_for(sb_region *r, const sb_claims *claims)
+/* Whose queue is it, and does anybody of the group sleep for it? One that is owned nobody else can do anything for, and its
+ * owner only if its oldest message is to be had. */
+static void wake_for(sb_region *r, uint32_t table, uint64_t life, uint32_t now_ms)
 {
-    if (claims->queue_slot < r->limits.queues) {
+    const sb_claims *claims = sb_claims_at(r, table);
+    const uint64_t owner = sb_load(&claims->owner);
+    uint64_t oldest;
+    if (owner) {
+        if (sb_claim_oldest(r, table, life, 0, now_ms, &oldest) != SB_LOST) {
+            (void)sb_wake_member(r, claims->group_slot, (uint32_t)owner - 1);
+        }
+    } else if (claims->queue_slot < r->limits.queues) {
         (void)sb_wake_group(r, sb_queue_at(r, claims->queue_slot)->topic_slot, claims->group_slot);
     }
 }
@@ -65,16 +73,21 @@ static uint32_t give_back(sb_region *r, uint32_t slot, uint32_t group, uint32_t 
     *undecided = 0;
     for (uint32_t i = 0; i < r->limits.claim_tables; i++) {
         sb_claims *claims = sb_claims_at(r, i);
-        if (!sb_claims_is_live(sb_load(&claims->state)) || (group != SB_NIL && claims->group_slot != group)) {
+        const uint64_t life = sb_load(&claims->state);
+        const int live = sb_claims_is_live(life);
+        if (group != SB_NIL && (!live || claims->group_slot != group)) {
             continue;
         }
         uint32_t moving;
-        const int owned = sb_queue_bereave(r, i, slot);
+        const int owned = sb_queue_bereave(r, i, slot); /* of a table that was given up as well: no life begins with it */
+        if (!live) {
+            continue;
+        }
         released += sb_claims_reap(r, i, slot, &moving);
         *undecided += moving;
         sb_claim_base(r, i);
         if (owned || sb_load(&claims->released)) {
-            wake_for(r, claims);
+            wake_for(r, i, life, (uint32_t)(sb_now_ns() / 1000000));
         }
     }
     return released;
@@ -150,7 +163,7 @@ void sb_janitor_pass(sb_region *r, int64_t now_ns, uint32_t turn, uint32_t *expi
         *expired += sb_claims_expire(r, i, (uint32_t)(now_ns / 1000000), thorough, &next);
         *next_ms = next < *next_ms ? next : *next_ms;
         if (sb_load(&claims->released) || sb_load(&claims->prefetched) || sb_claim_next(r, i) < sb_load(&sb_queue_at(r, claims->queue_slot)->next_offset)) {
-            wake_for(r, claims); /* no system call unless somebody sleeps over it (R6) */
+            wake_for(r, i, life, (uint32_t)(now_ns / 1000000)); /* no system call unless somebody sleeps over it (R6) */
         }
     }
     (void)sb_wait_backstop(r, now_ns);

@@ -354,7 +354,8 @@ typedef struct {
     sb_word delivered, acked, redelivered, refused; /* statistics */
     sb_word overflowed;             /* claims of this table in the overflow table */
     sb_word recorded;               /* writer: dispatcher: size and CRC of the progress record last written to the log */
-    sb_word owner;                  /* orderly groups: client slot + 1 of who owns the queue, by its semaphore; 0 nobody */
+    sb_word owner;                  /* orderly groups: client slot + 1 of who owns the queue, by its semaphore; 0 nobody.
+                                     SYNC: queue-owner */
     sb_word wanted;                 /* client slot + 1 of who asks the owner for it, by CAS from 0; the next owner clears it */
     _Alignas(SB_LINE) sb_word word[]; /* claim_window of them */
 } sb_claims;

@@ -12,7 +12,7 @@ cdef extern from "queue_lock.h" nogil:
     int sb_queue_locks_share(int id, uint32_t uid, uint32_t gid, int mode)
     int sb_queue_locks_remove(int id)
     int sb_queue_locks_test(int id, uint32_t tables)
-    int sb_queue_own(sb_region *r, int id, uint32_t table, uint32_t slot)
+    int sb_queue_own(sb_region *r, int id, uint32_t table, uint64_t life, uint32_t slot)
     void sb_queue_disown(sb_region *r, int id, uint32_t table, uint32_t slot, int named)
 
 cdef int64_t YIELDED_NS = 100_000_000  # for so long a queue is left to who asked for it
@@ -60,10 +60,12 @@ cdef class _Ownership:
     cdef list owned      # _Source
     cdef bint off        # takes none: the consumer is paused or ends
     cdef int64_t balanced_ns
+    cdef uint32_t waiter  # of its consumer's thread that waits, SB_NIL if none does
 
     def __cinit__(self, int id):
         self.id = id
         self.owned = []
+        self.waiter = SB_NIL
 
     cdef int own(self, sb_region *r, _Source source) except -100:
         """SB_OK: this consumer owns the queue, from now on perhaps | SB_LOCKED: it does not | SB_GONE: no such set any more.
@@ -74,23 +76,25 @@ cdef class _Ownership:
             return SB_OK
         if self.off or sb_load(&c.owner) or not source.is_current(r) or sb_now_ns() - source.yielded_ns < YIELDED_NS:
             return SB_LOCKED
-        code = sb_queue_own(r, self.id, source.table, source.client.slot)
+        code = sb_queue_own(r, self.id, source.table, source.life, source.client.slot)
         if code == SB_OK:
             source.owned = True
+            source.client.owning[source.table] = self
             self.owned.append(source)
         return code
 
     cdef int give_up(self, _Source source) except -1:
         """Whoever asked for it is told; else another member."""
         cdef sb_region *r = &source.client.region.r
-        cdef bint named = not source.client.closed and source.is_current(r)
-        cdef uint64_t wanted = sb_load(&sb_claims_at(r, source.table).wanted) if named else 0
+        cdef bint mapped = not source.client.closed, current = mapped and source.is_current(r)
+        cdef uint64_t wanted = sb_load(&sb_claims_at(r, source.table).wanted) if current else 0
         source.owned = False
         self.owned.remove(source)
-        sb_queue_disown(r, self.id, source.table, source.client.slot, named)
+        source.client.owning.pop(source.table, None)
+        sb_queue_disown(r, self.id, source.table, source.client.slot, mapped)
         if wanted:
             source.yielded_ns = sb_now_ns()
-        if named and not (wanted and sb_wake_member(r, source.group_slot, <uint32_t>wanted - 1)):
+        if current and not (wanted and sb_wake_member(r, source.group_slot, <uint32_t>wanted - 1)):
             sb_wake_group(r, source.topic_slot, source.group_slot)
         return 0
 
@@ -99,9 +103,22 @@ cdef class _Ownership:
         cdef _Source source
         for source in self.owned:
             source.owned = False
+            source.client.owning.pop(source.table, None)
             if not source.client.closed:
                 sb_queue_bereave(&source.client.region.r, source.table, source.client.slot)
         self.owned = []
+        return 0
+
+    cdef int tell(self, sb_region *r, _Source source, uint64_t owner) except -1:
+        """There is something for the owner of this queue. One of this process is woken by its own wait slot: any other of the
+        process is perhaps that of who tells it, which would wake itself for ever."""
+        cdef _Ownership sibling
+        if owner != <uint64_t>source.client.slot + 1:
+            sb_wake_member(r, source.group_slot, <uint32_t>owner - 1)
+            return 0
+        sibling = source.client.owning.get(source.table)
+        if sibling is not None and sibling is not self and sibling.waiter != SB_NIL:
+            sb_waiter_wake(r, sibling.waiter)
         return 0
 
     cdef int give_up_idle(self, list keep) except -1:

@@ -95,8 +95,11 @@ int sb_queue_locks_test(int id, uint32_t tables)
 }
 
 /* Free -> taken -> named. Killed behind the first: the kernel frees it again, and the janitor's next tick wakes a member;
- * behind the second: likewise, and the janitor takes the name down before it wakes. */
-int sb_queue_own(sb_region *r, int id, uint32_t table, uint32_t slot)
+ * behind the second: likewise, and the janitor takes the name down before it wakes.
+ *
+ * Who names itself looks at the life of the table behind that; who begins another life takes names down behind that. With a
+ * full fence on both sides no name gets into a life that it does not belong to, or its owner sees so and takes it down. */
+int sb_queue_own(sb_region *r, int id, uint32_t table, uint64_t life, uint32_t slot)
 {
     struct sembuf take[] = {{.sem_num = (unsigned short)table, .sem_op = 0, .sem_flg = IPC_NOWAIT},
                             {.sem_num = (unsigned short)table, .sem_op = 1, .sem_flg = IPC_NOWAIT | SEM_UNDO}};
@@ -106,8 +109,13 @@ int sb_queue_own(sb_region *r, int id, uint32_t table, uint32_t slot)
     SB_FAILPOINT(queue_taken);
     sb_claims *c = sb_claims_at(r, table);
     sb_store(&c->wanted, 0);
-    sb_store(&c->owner, slot + 1);
+    sb_store(&c->owner, slot + 1); /* SYNC: queue-owner */
     SB_FAILPOINT(queue_owned);
+    sb_fence();
+    if (sb_load(&c->state) != life) {
+        sb_queue_disown(r, id, table, slot, 1);
+        return SB_LOCKED;
+    }
     return SB_OK;
 }
 

@@ -20,9 +20,10 @@ int sb_queue_locks_remove(int id);
 /* That this kernel undoes what a dead process held, and that waits end: a process takes the last semaphore and leaves. */
 int sb_queue_locks_test(int id, uint32_t tables);
 
-/* Own the queue of `table`, as client `slot`. SB_OK | SB_LOCKED: somebody does | SB_GONE: the set was removed. */
-int sb_queue_own(sb_region *r, int id, uint32_t table, uint32_t slot);
-/* Give it up. `named`: the memory is still mapped, and the table's words are ours. */
+/* Own the queue of this life of `table`, as client `slot`. SB_OK | SB_LOCKED: somebody does, or that life is over |
+ * SB_GONE: the set was removed. */
+int sb_queue_own(sb_region *r, int id, uint32_t table, uint64_t life, uint32_t slot);
+/* Give it up, whatever life the table is in by now. `named`: the memory is still mapped. */
 void sb_queue_disown(sb_region *r, int id, uint32_t table, uint32_t slot, int named);
 /* Janitor: a dead client owns nothing any more. 1: it did. */
 int sb_queue_bereave(sb_region *r, uint32_t table, uint32_t slot);

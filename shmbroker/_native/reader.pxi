@@ -574,7 +574,7 @@ cdef class _QueueReader:
         for source in self.sources:
             owner = sb_load(&sb_claims_at(r, source.table).owner)
             if owner and not source.owned and self.is_ready(r, source, limit, now_ms):
-                sb_wake_member(r, source.group_slot, <uint32_t>owner - 1)
+                self.ownership.tell(r, source, owner)
         return 0
 
     cdef bint is_ready(self, sb_region *r, _Source source, uint64_t limit, uint32_t now_ms) noexcept:
