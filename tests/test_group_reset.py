@@ -289,7 +289,7 @@ RESET: Final = """
     import sys, shmbroker
     from shmbroker._native._core import failpoint_arm
     broker = shmbroker.open(sys.argv[1])
-    failpoint_arm(sys.argv[2], "kill", 1)
+    failpoint_arm(sys.argv[2], "kill", int(sys.argv[3]))
     broker.reset_group("audit", to_offset=12, topic="orders", queue_id=0)
 """
 
@@ -311,7 +311,7 @@ def test_whoever_resets_and_is_killed_has_done_it_or_not(
     with serving(directory), shmbroker.open(directory) as broker:
         send(broker, *numbered(20))
         assert all_of(broker) == numbered(20)
-        with Child(RESET, directory, failpoint) as child:
+        with Child(RESET, directory, failpoint, 1) as child:
             assert child.wait() == -signal.SIGKILL
         if memory:
             assert all_of(broker) == (numbered(8, 12) if done else [])
@@ -324,6 +324,20 @@ def test_whoever_resets_and_is_killed_has_done_it_or_not(
         lose_memory(directory)
     with serving(directory), shmbroker.open(directory) as broker:
         assert all_of(broker) == (numbered(9, 12) if done else [b"20"])
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("stored", [1, 2, 3])
+def test_a_member_that_meets_a_half_stored_reset_goes_on_from_the_new_place(directory: Path, stored: int) -> None:
+    """It looks for its queues again, and so ends the reset itself: what it knew of them before that is over."""
+    directory.mkdir()
+    (directory / "broker.toml").write_text(SETTINGS)
+    with serving(directory), shmbroker.open(directory) as broker, broker.simple_consumer("audit", ALL) as consumer:
+        send(broker, *numbered(20))
+        assert sorted(drain(consumer, 20), key=int) == numbered(20)
+        with Child(RESET, directory, "effect.stored", stored) as child:
+            assert child.wait() == -signal.SIGKILL
+        assert sorted(drain(consumer, 8), key=int) == numbered(8, 12)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------

@@ -345,6 +345,7 @@ int sb_append(sb_region *r, uint32_t client, sb_item *items, uint32_t count, con
     SB_FAILPOINT(append_published);
     for (uint32_t i = 0; i < effect_count; i++) {
         sb_store(effects[i].word, effects[i].desired);
+        SB_FAILPOINT(effect_stored);
     }
     SB_FAILPOINT(append_final);
     sb_store(&u->count, 0);

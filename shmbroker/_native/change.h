@@ -11,9 +11,12 @@
 typedef struct {
     sb_effect effect[SB_CHANGE_EFFECTS_MAX];
     uint32_t count;
+    int moved; /* the definitions' generation is among them */
 } sb_change;
 
 void sb_change_word(sb_change *c, sb_word *word, uint64_t desired);
+/* The definitions' generation moves here, behind what was collected; otherwise with the append, behind everything. */
+void sb_change_move(sb_region *r, sb_change *c);
 /* A record that says it; `body` is read when it is appended. */
 sb_item sb_change_record(uint8_t kind, const void *body, size_t bytes);
 /* The definitions have moved: with these records, all in one append. As sb_append. */

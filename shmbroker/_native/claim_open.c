@@ -198,9 +198,13 @@ int sb_claims_open_topic(sb_region *r, uint32_t group, const uint32_t *queues, u
 /* The order, and what a kill at each edge leaves:
  *
  *     a table is made, FREE         a free table: the next who makes one takes it
- *     PROGRESS, old FREE, new LIVE  one append: nothing, or all of it (append.c)
+ *     PROGRESS, new LIVE, old FREE  one append: nothing, or all of it (append.c)
  *     overflow entries given up     those of a table that is free, until it is made anew
  *     (the caller wakes sleepers)   the janitor does, where there is something for them
+ *
+ * Its effects are stored one by one. A moment with both tables LIVE does no harm; one with neither would make retention
+ * think that nobody needs the queue. The definitions' generation moves in between: whoever misses the old one, having
+ * looked for the new one too early, finds that it has moved, and looks again (progress.pxi).
  *
  * Claims of the old life are void from the append on: who holds one names a life that is over. */
 static int reset_locked(sb_region *r, uint32_t group, uint32_t queue, uint64_t base, int64_t deadline_ns, sb_reset *done, uint64_t *needed)
@@ -218,6 +222,8 @@ static int reset_locked(sb_region *r, uint32_t group, uint32_t queue, uint64_t b
         return code;
     }
     sb_claims *made = sb_claims_at(r, table);
+    sb_change_word(&c, &made->state, life);
+    sb_change_move(r, &c);
     if (sb_claims_find(r, group, queue, &old) == SB_OK) {
         sb_claims *was = sb_claims_at(r, old);
         done->before = sb_load(&was->base);
@@ -229,7 +235,6 @@ static int reset_locked(sb_region *r, uint32_t group, uint32_t queue, uint64_t b
         }
         sb_change_word(&c, &was->state, sb_claims_life(SB_SLOT_FREE, sb_claims_incarnation(sb_load(&was->state))));
     }
-    sb_change_word(&c, &made->state, life);
     SB_FAILPOINT(claim_remade);
     const sb_progress body = {.group_id = made->group_id, .topic_id = made->topic_id, .queue_id = (uint16_t)made->queue_id,
                               .version = SB_PROGRESS_VERSION, .base = done->after,

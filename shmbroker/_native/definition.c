@@ -17,9 +17,12 @@ void sb_change_word(sb_change *c, sb_word *word, uint64_t desired)
     }
 }
 
-static void move_definitions(sb_region *r, sb_change *c)
+void sb_change_move(sb_region *r, sb_change *c)
 {
-    sb_change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
+    if (!c->moved) {
+        c->moved = 1;
+        sb_change_word(c, &sb_marks(r)->topic_generation, sb_load(&sb_marks(r)->topic_generation) + 1);
+    }
 }
 
 sb_item sb_change_record(uint8_t kind, const void *body, size_t bytes)
@@ -33,7 +36,7 @@ sb_item sb_change_record(uint8_t kind, const void *body, size_t bytes)
 int sb_change_append(sb_region *r, sb_change *c, sb_item *records, uint32_t count, int64_t deadline_ns, uint64_t *needed)
 {
     uint64_t end;
-    move_definitions(r, c);
+    sb_change_move(r, c);
     int code = sb_append(r, SB_NIL, records, count, c->effect, c->count, SB_APPEND_SYSTEM, deadline_ns, &end, needed);
     if (code == SB_OK) {
         sb_append_wake(r, records, count);
@@ -44,7 +47,7 @@ int sb_change_append(sb_region *r, sb_change *c, sb_item *records, uint32_t coun
 int sb_change_apply(sb_region *r, sb_change *c, uint8_t kind, const char *body, int record, int64_t deadline_ns, uint64_t *needed)
 {
     if (!record) {
-        move_definitions(r, c);
+        sb_change_move(r, c);
         for (uint32_t i = 0; i < c->count; i++) {
             sb_store(c->effect[i].word, c->effect[i].desired);
         }

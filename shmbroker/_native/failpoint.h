@@ -11,6 +11,7 @@
     X(append_copied, "append.copied")             /* records whole, counters old */                                   \
     X(append_effects, "append.effects")           /* counters new, tail old */                                        \
     X(append_published, "append.published")       /* tail new, undo armed, claims MOVING */                           \
+    X(effect_stored, "effect.stored")             /* one more effect final, of several */                             \
     X(append_final, "append.final")               /* claims final, undo armed */                                      \
     X(append_disarmed, "append.disarmed")         /* undo empty, lock held */                                         \
     X(append_unlocked, "append.unlocked")         /* published, nobody posted */                                      \

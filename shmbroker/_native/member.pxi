@@ -225,7 +225,7 @@ cdef class _Member(_QueueReader):
                 self.unserved[route.name, i] = route.slots[i]
                 continue
             source = known.get((route.topic_id, i))
-            if source is None:
+            if source is None or source.life != lives[i] or source.table != tables[i]:  # reset since we looked
                 source = self.make_source(r, route, i, tables[i], lives[i])
             source.filter = wanted
             sources.append(source)

@@ -142,11 +142,48 @@ static void whoever_resets_and_is_killed_has_done_it_or_not(void)
     }
 }
 
+static void reset_and_stop(void *stored)
+{
+    sb_reset done;
+    sb_failpoint_arm(SB_FP_effect_stored, SB_FP_STOP, *(long *)stored);
+    _exit(reset(10, &done));
+}
+
+static uint32_t live_tables(void)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < b.r.limits.claim_tables; i++) {
+        count += (uint32_t)sb_claims_is_live(life_of(i));
+    }
+    return count;
+}
+
+/* Else retention would think that nobody needs the queue. */
+static void whoever_looks_while_the_effects_are_stored_finds_a_table_or_that_the_definitions_moved(void)
+{
+    for (long stored = 1; stored <= 3; stored++) {
+        sb_claim held[2];
+        int status;
+        setup(held);
+        const uint64_t generation = sb_load(&sb_marks(&b.r)->topic_generation);
+        const pid_t pid = check_fork(reset_and_stop, &stored);
+        CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status));
+        CHECK_EQ(live_tables(), stored < 3 ? 2 : 1); /* the new one first, the old one last */
+        CHECK_EQ(sb_load(&sb_marks(&b.r)->topic_generation), generation + (stored > 1));
+        CHECK(kill(pid, SIGKILL) == 0 && check_wait(pid) == -SIGKILL);
+        (void)sb_append_lock_check(&b.r);
+        CHECK(live_tables() == 1 && sb_load(&sb_claims_at(&b.r, found())->base) == 10);
+        CHECK_EQ(sb_load(&sb_marks(&b.r)->topic_generation), generation + 1);
+        broker_close(&b);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const check_test tests[] = {
         TEST(what_was_held_and_acknowledged_before_is_void),
         TEST(what_there_is_not_is_not_reset),
+        TEST(whoever_looks_while_the_effects_are_stored_finds_a_table_or_that_the_definitions_moved),
         TEST(whoever_resets_and_is_killed_has_done_it_or_not),
     };
     return CHECK_MAIN(tests);
