@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ from support.waiting import wait_until
 
 import shmbroker
 from shmbroker import Message
-from shmbroker._native._core import Region
+from shmbroker._native._core import Region, failpoint_arm
 from shmbroker.config import RuntimeConfig
-from shmbroker.delivery.retention import STORE_FULL, retain
-from shmbroker.store.consume_queue import ENTRY, ConsumeQueues
+from shmbroker.delivery.retention import STORE_FULL, floor, retain
+from shmbroker.store.consume_queue import ENTRY, ConsumeQueues, Entry
 
 STORE = bytes(16)
 SEGMENT = 1 << 20
@@ -54,6 +57,22 @@ def retained(
 
 def consume(region: Region, group_id: int, queue_id: int, base: int) -> None:
     region.restore_progress(Progress(group_id, 1, queue_id, 0, base).encode())
+
+
+@contextmanager
+def stopped_in_a_reset(region: Region, stored: int) -> Iterator[None]:
+    """Group 1 goes back to offset 3 of queue 0; as many effects of that are stored."""
+    pid = os.fork()
+    if not pid:
+        failpoint_arm("effect.stored", "stop", stored)
+        region.reset_progress(1, 1, 0, 3)
+        os._exit(1)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -101,6 +120,66 @@ def test_without_retention_bytes_everything_stays_until_the_disk_is_full(tmp_pat
         assert not retained(region, queues, noted, retention_bytes=0)
         assert retained(region, queues, noted, retention_bytes=2 * SEGMENT)
         assert noted == [region.get("kept")] == [6 * SEGMENT]
+
+
+@pytest.mark.parametrize("lost", ["entries", "end of the file"])
+def test_what_a_queue_has_lost_is_not_passed_over(tmp_path: Path, lost: str) -> None:
+    """The log behind the last entry before it proves the damage, and the queue is made anew from it."""
+    noted: list[int] = []
+    with filled(tmp_path) as (region, queues):
+        for queue_id, group_id in product(range(2), (1, 2)):
+            consume(region, group_id, queue_id, MESSAGES - 2 * queue_id - 3)
+        file = next((tmp_path / "1" / "1").iterdir())
+        with file.open("r+b") as damaged:
+            header, used = file.stat().st_size - MESSAGES * ENTRY.size, 2 * ENTRY.size
+            if lost == "entries":
+                damaged.seek(header + used)
+                damaged.write(bytes(4 * ENTRY.size))
+            else:
+                damaged.truncate(header + used)
+        assert retained(region, queues, noted, retention_bytes=1)
+        assert noted == [region.get("kept")] == [SEGMENT]
+        assert not retained(region, queues, noted, retention_bytes=1)
+
+
+def test_a_queue_without_any_entry_gives_nothing_up(tmp_path: Path) -> None:
+    with filled(tmp_path) as (region, queues):
+        for queue_id, group_id in product(range(2), (1, 2)):
+            consume(region, group_id, queue_id, 3)
+        for file in (tmp_path / "1" / "1").iterdir():
+            file.unlink()
+        queues.close_unlinked()
+        assert not retained(region, queues, [], retention_bytes=1)
+
+
+def test_a_group_that_is_being_reset_keeps_what_its_old_and_its_new_place_need(tmp_path: Path) -> None:
+    """Whoever resets it is stopped after each store: neither place is ever forgotten."""
+    for stored in (1, 2, 3):
+        directory = tmp_path / str(stored)
+        with filled(directory) as (region, queues):
+            for queue_id, group_id in product(range(2), (1, 2)):
+                consume(region, group_id, queue_id, 6)
+            with stopped_in_a_reset(region, stored):
+                assert floor(region, queues) == 3 * SEGMENT
+
+
+def test_what_a_group_is_reset_to_while_the_floor_is_measured_stays(tmp_path: Path) -> None:
+    with filled(tmp_path) as (region, queues):
+        for queue_id, group_id in product(range(2), (1, 2)):
+            consume(region, group_id, queue_id, 6)
+
+        class Meanwhile(ConsumeQueues):
+            def read(self, *place: int) -> list[Entry]:
+                if region.get("topic_generation") == generation:
+                    region.reset_progress(1, 1, 0, 2)
+                return super().read(*place)
+
+        generation = region.get("topic_generation")
+        noted: list[int] = []
+        with closing(Meanwhile(tmp_path, STORE)) as reset:
+            assert not retained(region, reset, noted, retention_bytes=1)
+        assert retained(region, queues, noted, retention_bytes=1)
+        assert noted == [region.get("kept")] == [2 * SEGMENT]
 
 
 # ---- with a broker -----------------------------------------------------------------------------------------------

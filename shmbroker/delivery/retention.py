@@ -49,15 +49,18 @@ def floor(region: Region, queues: ConsumeQueues) -> int:
     for table in region.progress():
         groups.setdefault(table["topic_id"], set()).add(table["group_id"])
         needed = oldest.setdefault((table["topic_id"], table["queue_id"]), {})
-        needed[table["group_id"]] = min([table["base"], *table["overflow"]])
+        first = min([table["base"], *table["overflow"]])
+        needed[table["group_id"]] = min(first, needed.get(table["group_id"], first))  # twice while a reset is under way
     for topic in region.topics():
         consumers = groups.get(topic["topic_id"], set())
         for queue in topic["queues"]:
             identity = topic["topic_id"], queue["queue_id"]
             needed = oldest.get(identity, {})
             untouched = not needed or consumers - needed.keys()
-            offset = min([*needed.values(), *([queue["first_offset"]] if untouched else [])])
-            lowest = min(lowest, _position_of(queues, *identity, offset, lowest))
+            first = queue["first_offset"]
+            offset = max(first, min([*needed.values(), *([first] if untouched else [])]))
+            if offset < queue["next_offset"]:
+                lowest = min(lowest, _position_of(queues, *identity, offset))
     return lowest
 
 
@@ -76,6 +79,7 @@ def retain(
     wanted -= wanted % segment_bytes
     if wanted <= kept:
         return False
+    generation = region.get("topic_generation")
     limit = floor(region, queues)
     limit -= limit % segment_bytes
     if config.delete_unconsumed:
@@ -87,6 +91,8 @@ def retain(
     wanted = min(wanted, limit - limit % segment_bytes)
     if wanted <= kept:
         return False
+    if region.get("topic_generation") != generation:
+        return False  # somebody has reset a group to older messages, perhaps: the floor is another one
     kept = wanted
     raise_first_offsets(region, queues, kept)
     note_kept(kept)
@@ -127,7 +133,14 @@ def raise_first_offsets(region: Region, queues: ConsumeQueues, kept: int) -> Non
                 region.set_first_offset(*identity, min(end, queues.find_position(*identity, kept)))
 
 
-def _position_of(queues: ConsumeQueues, topic_id: int, queue_id: int, offset: int, limit: int) -> int:
-    """Where the first message at or after ``offset`` lies; ``limit`` if there is none before it."""
-    entries = queues.read(topic_id, queue_id, offset, 1, limit)
-    return entries[0].position if entries else limit
+def _position_of(queues: ConsumeQueues, topic_id: int, queue_id: int, offset: int) -> int:
+    """A position at or before that of the first message at or after ``offset``.
+
+    Where the file has no entry for it, the last one before says how far it is. What is missing is not dispatched yet,
+    was never there (R4), or the disk has lost it: then the log behind that one has to tell (queue_hole.py).
+    """
+    entries = queues.read(topic_id, queue_id, offset, 1, _ANYWHERE)
+    if entries and entries[0].offset == offset:
+        return entries[0].position
+    before = queues.last_before(topic_id, queue_id, offset)
+    return before.position if before else 0
